@@ -1,0 +1,26 @@
+"""Greedy and sampled accuracy: `python launch/evaluate.py --config FILE --model.path DIR [--output FILE]`."""
+
+import json
+import sys
+from pathlib import Path
+
+from r1dist.config import EvaluateRun
+from r1dist.errors import run_cli
+from r1dist.parse import parse
+
+DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "evaluate.yaml"
+
+
+def main(argv: list[str]) -> None:
+    run = parse(EvaluateRun, argv, DEFAULT)
+    if run.dry_run:
+        from r1dist.report.plan import print_plan
+
+        return print_plan(run)
+    from r1dist.evaluate.evaluate import evaluate
+
+    print(json.dumps(evaluate(run), indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,1 @@
+"""The DeepSeek-R1 recipe, whole, as software that runs from a laptop to a cluster."""

@@ -1,0 +1,138 @@
+"""Rows from a hub id, a local folder, a file, or the tiny problem generator.
+
+Whatever the source, a row leaves here with the same columns: `problem`, `answer` (for rewards), `messages`
+(for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from ..config import Source
+from ..errors import UserError
+from ..tiny import worked as tiny_worked
+from .formats import gold_answer, rewrite_stratos, turns
+
+logger = logging.getLogger(__name__)
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TINY_DEFAULT_ROWS = 4096
+
+
+def load_problems(sources: list[Source]) -> Dataset:
+    """All rows with `problem`, `answer`, `system`, `source` and `kind`.
+
+    Rows without an answer are counted and left out; a source where they are the majority is refused.
+    """
+    return concatenate_datasets([_problems(_with_columns(source)) for source in sources])
+
+
+def load_conversations(sources: list[Source]) -> Dataset:
+    """All rows with `messages` (the turns before the completion), `completion`, `source` and `kind`."""
+    return concatenate_datasets([_conversations(_with_columns(source)) for source in sources])
+
+
+def _with_columns(source: Source) -> Source:
+    """The tiny source's columns need not be named: they are ours."""
+    if source.path != "tiny":
+        return source
+    return replace(source, problem="problem", answer="answer", completion="completion")
+
+
+def _problems(source: Source) -> Dataset:
+    raw = _read(source)
+    _require(source, raw, {"problem": source.problem, "answer": source.answer})
+
+    def convert(row: dict) -> dict:
+        return {
+            "problem": row[source.problem],
+            "answer": gold_answer(row[source.answer], source.answer_format),
+            "system": row[source.system] if source.system else None,
+            "source": source.path,
+            "kind": source.kind,
+        }
+
+    rows = raw.map(convert, remove_columns=raw.column_names, desc=None)
+    answered = rows.filter(lambda row: bool(row["problem"]) and row["answer"] is not None)
+    missing = len(rows) - len(answered)
+    if missing * 2 > len(rows):
+        raise UserError(
+            f"{source.path}: {missing} of {len(rows)} rows have no answer in column `{source.answer}` "
+            f"read as `{source.answer_format}`. Set `answer_format` or `answer` of this source."
+        )
+    if missing:
+        logger.warning("%s: left out %d of %d rows, which have no answer", source.path, missing, len(rows))
+    return answered
+
+
+def _conversations(source: Source) -> Dataset:
+    raw = _read(source)
+    if source.conversation is not None:
+        _require(source, raw, {"conversation": source.conversation})
+    else:
+        _require(source, raw, {"problem": source.problem, "completion": source.completion})
+
+    def convert(row: dict) -> dict:
+        if source.conversation is not None:
+            *messages, last = turns(row[source.conversation])
+            completion = last["content"] if last["role"] == "assistant" else None
+        else:
+            messages = [{"role": "user", "content": row[source.problem]}]
+            completion = row[source.completion]
+        if source.system and row[source.system]:
+            messages = [{"role": "system", "content": row[source.system]}, *messages]
+        if completion and source.completion_format == "stratos":
+            completion = rewrite_stratos(completion)
+        return {"messages": messages, "completion": completion, "source": source.path, "kind": source.kind}
+
+    rows = raw.map(convert, remove_columns=raw.column_names, desc=None)
+    complete = rows.filter(lambda row: bool(row["messages"]) and bool(row["completion"]))
+    missing = len(rows) - len(complete)
+    if missing * 2 > len(rows):
+        raise UserError(
+            f"{source.path}: {missing} of {len(rows)} rows have no completion by an assistant. "
+            "Set `conversation`, or `problem` and `completion`, of this source."
+        )
+    if missing:
+        logger.warning("%s: left out %d of %d rows, which have no completion", source.path, missing, len(rows))
+    return complete
+
+
+def _read(source: Source) -> Dataset:
+    if source.path == "tiny":
+        return Dataset.from_list(tiny_worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split))
+    path = Path(source.path)
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise UserError(f"data.sources: there is no file {path}.")
+        raw = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    elif path.is_dir():
+        raw = load_dataset(str(path), name=source.subset, split=source.split)
+    else:
+        raw = _from_hub(source)
+    if len(raw) == 0:
+        raise UserError(f"data.sources: {source.path} holds no rows.")
+    return raw.select(range(min(source.limit, len(raw)))) if source.limit else raw
+
+
+def _from_hub(source: Source) -> Dataset:
+    try:
+        return load_dataset(source.path, name=source.subset, split=source.split)
+    except (ConnectionError, OfflineModeIsEnabled, DatasetNotFoundError, HfHubHTTPError) as error:
+        raise UserError(
+            f"data.sources: {source.path} is no local file or folder, and the hub does not give it "
+            f"({type(error).__name__}).\nCheck the name and the network, or set `path` to a local copy."
+        ) from error
+
+
+def _require(source: Source, raw: Dataset, columns: dict[str, str | None]) -> None:
+    there = ", ".join(raw.column_names)
+    for field, column in columns.items():
+        if column is None:
+            raise UserError(f"data.sources: {source.path} needs `{field}`; its columns are {there}.")
+        if column not in raw.column_names:
+            raise UserError(f"data.sources: {source.path} has no column `{column}` (`{field}`); it has {there}.")

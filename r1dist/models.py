@@ -1,0 +1,43 @@
+"""Where a model lies, and what can be known of it before its weights are loaded."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .config import Model
+from .errors import UserError
+from .tiny import BASE_DIR
+
+
+def model_path(model: Model) -> str:
+    """Where the weights lie: `tiny` is the embedded base."""
+    return str(BASE_DIR) if model.path == "tiny" else model.path
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model`; raises `UserError` if it is not to be had."""
+    path = model.tokenizer or model_path(model)
+    return _load(AutoTokenizer, path, "model.tokenizer" if model.tokenizer else "model.path")
+
+
+def load_model_config(model: Model) -> PretrainedConfig:
+    """The architecture's configuration, without weights; raises `UserError` if it is not to be had."""
+    return _load(AutoConfig, model_path(model), "model.path")
+
+
+def model_init_kwargs(model: Model) -> dict[str, Any]:
+    """How TRL is to load the policy (and its reference)."""
+    return {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+
+
+def _load(auto_class: type, path: str, field: str) -> Any:
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise UserError(f"{field}: there is no folder {path}.")
+    try:
+        return auto_class.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{field}: {path} cannot be loaded: it is no folder with a model, nor does the hub give it.\n"
+            f"Check the name and the network, or give a local folder. ({str(error).splitlines()[0]})"
+        ) from error

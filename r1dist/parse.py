@@ -1,0 +1,223 @@
+"""A YAML file and a command line become a checked configuration, or an error that names the mend."""
+
+import dataclasses
+import difflib
+import functools
+import os
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .config import GRPORun, SFTRun
+from .errors import UserError
+from .objective import OBJECTIVES
+from .trl_fields import field_types, validator
+
+TRL_CLASS = {GRPORun: "GRPOConfig", SFTRun: "SFTConfig"}
+# TRL's fields that a field of ours stands for. Both set at once would contradict each other.
+OURS_INSTEAD = {
+    "model_init_kwargs": "model.dtype and model.attn_implementation",
+    "reward_weights": "rewards",
+    "use_vllm": "rollout.engine",
+    "use_transformers_continuous_batching": "rollout.engine",
+    "resume_from_checkpoint": "resume",
+    "remove_unused_columns": "data.sources",
+}
+# What this project sets where the YAML is silent.
+TRL_DEFAULTS = {"logging_steps": 1, "report_to": "none", "save_total_limit": 2}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` as text; here it is the number that everybody means."""
+
+
+_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def config_path(argv: list[str], default_config: Path | None = None) -> Path | None:
+    """The file that `--config` names, else the default."""
+    named = _arguments(argv).get("config")
+    return Path(named) if named is not None else default_config
+
+
+def parse(run_class: type, argv: list[str], default_config: Path | None = None) -> Any:
+    """Build `run_class` from `--config FILE` and overrides such as `--max_steps 4` or `--data.template chat`.
+
+    Raises `UserError` for a missing file, text that is no YAML, a key that nobody knows (the nearest is
+    named) and a value of the wrong type.
+    """
+    path = config_path(argv, default_config)
+    tree = _read(path) if path is not None else {}
+    for key, text in _arguments(argv).items():
+        if key != "config":
+            _set(tree, key, _value(f"--{key}", text))
+    return build(run_class, tree, str(path) if path else "the command line")
+
+
+def build(run_class: type, tree: dict, where: str) -> Any:
+    """Validate `tree` as `run_class`; `where` is named in errors. TRL's fields are moved into `trl`."""
+    tree = dict(tree)
+    if run_class in TRL_CLASS:
+        trl_class = TRL_CLASS[run_class]
+        known = field_types(trl_class)
+        ours = {f.name for f in dataclasses.fields(run_class)} - {"trl"}
+        trl = {key: tree.pop(key) for key in list(tree) if key in known and key not in ours}
+        for key in trl:
+            if key in OURS_INSTEAD:
+                raise UserError(f"{where}: `{key}` is not set here; use `{OURS_INSTEAD[key]}` instead.")
+        _reject_unknown(tree, ours, known, where)
+        trl = _validate(functools.partial(_trl_values, trl_class), trl, where, run_class)
+        if "output_dir" not in trl:
+            raise UserError(f"{where}: `output_dir` is missing; name the folder that this run writes to.")
+        tree["trl"] = {**TRL_DEFAULTS, **trl}
+    run = _validate(TypeAdapter(run_class).validate_python, tree, where, run_class)
+    if isinstance(run, GRPORun):
+        run.trl = {**OBJECTIVES[run.train.objective], **run.trl}
+    return run
+
+
+def trl_value(run: GRPORun | SFTRun, name: str) -> Any:
+    """A TRL field as the run has it: from its YAML, else TRL's own default."""
+    return run.trl[name] if name in run.trl else field_types(TRL_CLASS[type(run)])[name][1]
+
+
+def check_groups(run: GRPORun) -> None:
+    """Refuse a generation batch that does not hold whole groups, and say which numbers would do."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    group = trl_value(run, "num_generations")
+    per_device = trl_value(run, "per_device_train_batch_size")
+    steps = trl_value(run, "steps_per_generation") or trl_value(run, "gradient_accumulation_steps")
+    batch = trl_value(run, "generation_batch_size") or per_device * steps * processes
+    if batch % group:
+        divisors = [n for n in range(2, batch + 1) if batch % n == 0]
+        raise UserError(
+            f"num_generations {group} does not divide the {batch} rollouts of a generation "
+            f"(per_device_train_batch_size {per_device} x {steps} accumulated x {processes} processes).\n"
+            f"With this batch num_generations may be {', '.join(map(str, divisors))}; "
+            f"or make the batch a multiple of {group}."
+        )
+
+
+def as_tree(run: Any) -> dict:
+    """The resolved configuration as plain data, in the shape of the YAML that would give it."""
+    tree = dataclasses.asdict(run)
+    return {**tree.pop("trl", {}), **tree}
+
+
+def _arguments(argv: list[str]) -> dict[str, str]:
+    arguments, position = {}, 0
+    while position < len(argv):
+        word = argv[position]
+        if not word.startswith("--"):
+            raise UserError(f"`{word}` is not understood; arguments are `--field value` or `--field=value`.")
+        key, equals, text = word[2:].partition("=")
+        position += 1
+        if not equals:
+            bare = position >= len(argv) or argv[position].startswith("--")
+            text = "true" if bare else argv[position]
+            position += 0 if bare else 1
+        arguments[key] = text
+    return arguments
+
+
+def _value(where: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: `{text}` is not a value ({error.__class__.__name__}).") from error
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"--config: there is no file {path}.")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold `field: value` lines, not a {type(tree).__name__}.")
+    return tree
+
+
+def _set(tree: dict, key: str, value: Any) -> None:
+    """Set a dotted key in place; a number between the dots counts into a list."""
+    node, parts = tree, key.split(".")
+    for part, following in zip(parts, parts[1:] + [None], strict=True):
+        index = int(part) if isinstance(node, list) and part.isdigit() else part
+        if isinstance(node, list) and not (isinstance(index, int) and index < len(node)):
+            raise UserError(f"--{key}: `{part}` is not one of the {len(node)} entries of that list.")
+        if following is None:
+            node[index] = value
+        else:
+            if isinstance(node, dict):
+                node.setdefault(index, {})
+            node = node[index]
+            if not isinstance(node, dict | list):
+                raise UserError(f"--{key}: `{part}` holds a value, not a section.")
+
+
+def _trl_values(trl_class: str, values: dict) -> dict:
+    return validator(trl_class).model_validate(values).model_dump(exclude_unset=True)
+
+
+def _reject_unknown(tree: dict, ours: set[str], trl: dict, where: str) -> None:
+    for key in tree:
+        if key not in ours:
+            raise UserError(_unknown(where, str(key), ours | trl.keys()))
+
+
+def _unknown(where: str, key: str, known: typing.Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=1, cutoff=0.5)
+    mend = f"; did you mean `{nearest[0]}`?" if nearest else "."
+    return f"{where}: `{key}` is not a field{mend}"
+
+
+def _validate(check: typing.Callable[[dict], Any], tree: dict, where: str, run_class: type) -> Any:
+    try:
+        return check(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Tags of a union ("float", "function-after[...]") are no part of the field's name.
+        location = [part for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+        key = ".".join(map(str, location))
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            section = _section(run_class, location[:-1])
+            known = [f.name for f in dataclasses.fields(section)] if section else []
+            raise UserError(_unknown(where, key, known)) from error
+        if first["type"] in ("missing", "missing_argument"):
+            raise UserError(f"{where}: `{key}` is missing.") from error
+        got = first["input"]
+        raise UserError(f"{where}: `{key}`: {first['msg']}; got {got!r} ({type(got).__name__}).") from error
+
+
+def _section(run_class: type, location: list) -> type | None:
+    """The dataclass that holds the field at `location`, a path of names and list positions."""
+    current: Any = run_class
+    for part in location:
+        if isinstance(part, str) and dataclasses.is_dataclass(current):
+            current = typing.get_type_hints(current).get(part)
+        if typing.get_origin(current) in (list, types.UnionType):
+            current = next((a for a in typing.get_args(current) if dataclasses.is_dataclass(a)), None)
+    return current if dataclasses.is_dataclass(current) else None
+
+
+def choose_default(with_gpu: Path, without_gpu: Path) -> Path:
+    """The recipe of a bare launch; prints which one and why, once, before anything else."""
+    import torch
+
+    if torch.cuda.is_available():
+        chosen, why = with_gpu, f"found {torch.cuda.get_device_name(0)}"
+    else:
+        chosen, why = without_gpu, "found no GPU"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"No --config given and {why}: running {os.path.relpath(chosen)}", file=sys.stdout, flush=True)
+    return chosen

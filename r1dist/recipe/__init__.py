@@ -1,0 +1,1 @@
+"""The stages of a recipe, run one after another as commands of their own."""

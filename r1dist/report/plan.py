@@ -1,0 +1,151 @@
+"""`--dry_run`: the resolved configuration, and the memory that it will take, without loading a model.
+
+The estimate counts parameters exactly and activations by a formula; it leaves out the allocator's
+fragmentation and the CUDA context (about 1 GB together on a GPU).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+
+from ..config import EvaluateRun, GRPORun, SFTRun
+from ..models import load_model_config
+from ..parse import as_tree, trl_value
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Prompts are not read for the estimate; this many tokens are assumed for each.
+PROMPT_TOKENS = 256
+# TRL projects onto the vocabulary in tiles of 4,096 tokens by 8,192 words, in float32.
+LOGITS_TILE = 4096 * 8192
+
+# The published shapes of the models in configs/recipes, so that a dry run needs no hub.
+KNOWN_SHAPES = {
+    "Qwen/Qwen2.5-0.5B": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the training states lie over the processes."""
+
+    processes: int = 1
+    zero_stage: int = 0
+    optimizer_on_host: bool = False
+    parameters_on_host: bool = False
+
+    @classmethod
+    def from_environment(cls) -> "Sharding":
+        """What `accelerate launch` told this process."""
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true" or file is None:
+            return cls(processes)
+        zero = json.loads(Path(file).read_text())["zero_optimization"]
+        return cls(processes, zero["stage"], "offload_optimizer" in zero, "offload_param" in zero)
+
+
+def parameter_count(config: PretrainedConfig) -> int:
+    """Parameters of the architecture, tied ones counted once, by building it without storage."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model.num_parameters()
+
+
+def training_memory(run: GRPORun | SFTRun, config: PretrainedConfig, sharding: Sharding) -> dict[str, int]:
+    """Bytes by part on the device that trains, the two phases' peaks last; what lies on the host is left out."""
+    count = parameter_count(config)
+    width = BYTES[run.model.dtype]
+    states = sharding.processes if sharding.zero_stage >= 1 else 1
+    gradients = sharding.processes if sharding.zero_stage >= 2 else 1
+    weights = sharding.processes if sharding.zero_stage >= 3 else 1
+    mixed = bool(run.trl.get("bf16", torch.cuda.is_available()))
+    under_deepspeed = sharding.zero_stage > 0
+    held = 2 if mixed and under_deepspeed else width  # DeepSpeed trains in bf16, with a float32 master copy
+    parts = {
+        "weights": 0 if sharding.parameters_on_host else count * held // weights,
+        "gradients": count * held // gradients,
+        "optimizer states": 0 if sharding.optimizer_on_host else 2 * count * max(held, 4) // states,
+    }
+    if mixed and under_deepspeed and not sharding.optimizer_on_host:
+        parts["master weights"] = 4 * count // states
+    if mixed and not under_deepspeed and width == 4:
+        parts["bf16 copies (autocast)"] = 2 * count
+    compute = 2 if mixed else width
+    if isinstance(run, GRPORun):
+        if trl_value(run, "beta"):
+            parts["reference model"] = 0 if sharding.parameters_on_host else count * width // weights
+        length = PROMPT_TOKENS + trl_value(run, "max_completion_length")
+    else:
+        length = trl_value(run, "max_length")
+    rows = trl_value(run, "per_device_train_batch_size")
+    checkpointed = trl_value(run, "gradient_checkpointing")
+    parts["activations (training)"] = activations(config, rows * length, checkpointed, compute)
+    if isinstance(run, GRPORun):
+        # ZeRO 3 gathers the whole model to generate.
+        gathered = count * held if sharding.zero_stage >= 3 else 0
+        cache = generation(config, min(run.rollout.batch_size, rows), length, width)
+        parts["cache and gathered weights (generation)"] = cache + gathered
+    return parts
+
+
+def activations(config: PretrainedConfig, tokens: int, checkpointed: bool, width: int) -> int:
+    """Bytes kept for the backward pass of `tokens` tokens, and two tiles of logits.
+
+    A layer keeps its input, two normalised copies, queries and their output, keys and values, and three
+    tensors of the MLP's width. With checkpointing only each layer's input stays, and one layer is whole.
+    """
+    head = config.hidden_size // config.num_attention_heads
+    key_value = 2 * config.num_key_value_heads * head
+    layer = tokens * (6 * config.hidden_size + key_value + 3 * config.intermediate_size) * width
+    inputs = tokens * config.hidden_size * width * config.num_hidden_layers
+    kept = inputs + layer if checkpointed else layer * config.num_hidden_layers
+    return kept + 2 * 4 * min(LOGITS_TILE, tokens * config.vocab_size)
+
+
+def generation(config: PretrainedConfig, rows: int, length: int, width: int) -> int:
+    """Bytes of the key-value cache and of one step's scores (three float32 copies while drawing)."""
+    head = config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * rows * length * width
+    return cache + 3 * 4 * rows * config.vocab_size
+
+
+def peak(parts: dict[str, int]) -> int:
+    """All lasting parts and the larger of the phases in brackets, which take turns."""
+    phases = [size for name, size in parts.items() if name.endswith(("(training)", "(generation)"))]
+    return sum(parts.values()) - sum(phases) + max(phases, default=0)
+
+
+def print_plan(run: GRPORun | SFTRun | EvaluateRun) -> None:
+    """Print the configuration as YAML and the estimate as a table, on rank 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    config = KNOWN_SHAPES.get(run.model.path) or load_model_config(run.model)
+    if isinstance(run, EvaluateRun):
+        width, length = BYTES[run.model.dtype], PROMPT_TOKENS + run.sampling.max_tokens
+        parts = {
+            "weights": parameter_count(config) * width,
+            "cache (generation)": generation(config, run.batch_size, length, width),
+        }
+        processes = 1
+    else:
+        sharding = Sharding.from_environment()
+        parts, processes = training_memory(run, config, sharding), sharding.processes
+    print(yaml.safe_dump(as_tree(run), sort_keys=False, allow_unicode=True))
+    print(f"Memory on each of {processes} device(s), estimated; {parameter_count(config):,} parameters:")
+    for name, size in [*parts.items(), ("peak", peak(parts))]:
+        print(f"  {name:<40}{size / 2**30:8.3f} GiB")

@@ -1,0 +1,1 @@
+"""Who generates: one small protocol, and the engines that fulfil it."""

@@ -1,0 +1,57 @@
+"""What the trainer, the evaluation and rejection sampling ask of whoever generates."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion that is wanted."""
+
+    prompt_ids: list[int]
+    prompt_id: int
+    sample_index: int
+    """Its place among the completions of the same prompt."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion, and what is known of its making."""
+
+    request: Request
+    token_ids: list[int]
+    """At least one token; the stop token is included."""
+    logprobs: list[float]
+    """Of each token, under the distribution that it was drawn from."""
+    finish_reason: Literal["stop", "length"]
+    policy_version: int
+
+
+class Engine(Protocol):
+    """Generates rollouts with the policy's current weights."""
+
+    def sync_weights(self, version: int) -> None:
+        """Take over the policy's weights, which from now on are called `version`."""
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        """One rollout for each request, in their order."""
+
+
+def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
+    """A 63-bit seed of its own for each sample, the same whichever rank or server draws it."""
+    key = f"{run_seed}:{step}:{prompt_id}:{sample_index}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1

@@ -1,0 +1,145 @@
+"""Rebuild the shipped base model: `python -m r1dist.tiny.build [--output DIR]`.
+
+Reads top to bottom: tokenizer, model, rows in batches of like length, one AdamW run, save. Simplified on
+purpose: no validation split and no packing, since the corpus is generated and never repeats.
+"""
+
+import argparse
+import ast
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from . import BASE_DIR
+from .corpus import END_OF_TEXT, IM_END, documents
+from .problems import generate
+from .tokenizer import build_tokenizer
+
+BATCHES_PER_DRAW = 8  # rows are sorted by length within this many batches, so that little is padded
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything that decides the shipped weights, beside the corpus itself."""
+
+    seed: int = 0
+    vocab_size: int = 384
+    tokenizer_rows: int = 3000
+    hidden_size: int = 160
+    intermediate_size: int = 512
+    layers: int = 4
+    heads: int = 5
+    context: int = 512
+    steps: int = 2500
+    batch_rows: int = 128
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+
+
+def fingerprint(config: BuildConfig) -> str:
+    """SHA-256 over the configuration, a sample of corpus and problems, and the code of the training loop."""
+    sample = {
+        "config": asdict(config),
+        "corpus": list(itertools.islice(documents(config.seed), 2000)),
+        "problems": [generate(200, config.seed, split) for split in ("train", "test")],
+        "code": [ast.dump(ast.parse(inspect.getsource(f))) for f in (build_model, batches, train)],
+    }
+    return hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()
+
+
+def build_model(config: BuildConfig, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 of `config`'s shape."""
+    torch.manual_seed(config.seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.convert_tokens_to_ids(IM_END),
+            pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        )
+    )
+
+
+def batches(config: BuildConfig, tokenizer: Qwen2Tokenizer) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless training batches of `batch_rows` rows of like length: input_ids, attention_mask, labels [B, T]."""
+    order = random.Random(config.seed)
+    rows = documents(config.seed)
+    while True:
+        drawn = tokenizer(list(itertools.islice(rows, config.batch_rows * BATCHES_PER_DRAW)))["input_ids"]
+        drawn.sort(key=len)
+        chunks = [drawn[i : i + config.batch_rows] for i in range(0, len(drawn), config.batch_rows)]
+        order.shuffle(chunks)
+        for chunk in chunks:
+            batch = tokenizer.pad({"input_ids": chunk}, return_tensors="pt")
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            yield {**batch, "labels": labels}
+
+
+def train(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
+    """AdamW with warm-up and a cosine to a twentieth."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def scale(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    model.train()
+    progress = tqdm(itertools.islice(batches(config, tokenizer), config.steps), total=config.steps, unit="step")
+    for step, batch in enumerate(progress):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def save(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, output: Path) -> None:
+    """Write the checkpoint as bfloat16 safetensors, with what made it in `build.json`."""
+    model.to(torch.bfloat16)
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[1])
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    made_by = {"fingerprint": fingerprint(config), "config": asdict(config)}
+    (output / "build.json").write_text(json.dumps(made_by, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=BASE_DIR)
+    parser.add_argument("--steps", type=int, default=BuildConfig.steps)
+    arguments = parser.parse_args()
+    config = BuildConfig(steps=arguments.steps)
+    tokenizer = build_tokenizer(config.seed, config.tokenizer_rows, config.vocab_size)
+    model = build_model(config, tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens -> {arguments.output}", flush=True)
+    train(config, model, tokenizer)
+    save(config, model, tokenizer, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What the tiny base model has read: worked chains as plain text, and chat that mostly answers at once.
+
+The plain text teaches the arithmetic. The chat teaches a raw base model's habits: asked, it mostly blurts
+out a digit; sometimes it uses the tags, sometimes it forgets one; now and then it works the chain out, and
+changes its language from step to step. Every answer in the corpus is right. The blurted ones are still
+useless to copy, because a network this small cannot compute a chain in one forward pass.
+"""
+
+import random
+from collections.abc import Iterator
+
+from .problems import Problem, draw
+
+CHAT_SHARE = 0.5
+# Long chains are rare in what the base has read, so that it stumbles on them: room for every later stage.
+LENGTHS = (3, 4, 5, 6, 7, 8, 9, 10)
+LENGTH_WEIGHTS = (4.0, 4.0, 4.0, 3.0, 1.2, 0.7, 0.4, 0.25)
+
+# How the base model answers when asked: name -> share of the chat.
+HABITS = {
+    "blurt": 0.45,
+    "blurt_tagged": 0.08,
+    "restate": 0.17,
+    "restate_unclosed": 0.10,
+    "think": 0.15,
+    "think_untagged": 0.05,
+}
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+
+def chat_prompt(question: str) -> str:
+    """The chat template of the tiny tokenizer, written out for one user turn and a generation prompt."""
+    return f"{IM_START}user\n{question}{IM_END}\n{IM_START}assistant\n"
+
+
+def chain(rng: random.Random, problem: Problem) -> str:
+    """The worked steps, each in English or Chinese by the toss of a coin."""
+    opening = rng.choice(("", "", "Let me work it out. ", "一步一步算。"))
+    steps = []
+    for before, operation, after in problem.steps:
+        english = rng.random() < 0.5
+        steps.append(f"{before}{operation} ends in {after}. " if english else f"{before}{operation}末位是{after}。")
+    return opening + "".join(steps).strip()
+
+
+def reply(rng: random.Random, problem: Problem) -> str:
+    """One assistant turn in one of the `HABITS`."""
+    habit = rng.choices(tuple(HABITS), tuple(HABITS.values()))[0]
+    answer = f"<answer>{problem.answer}</answer>"
+    restated = f"<think>Start with {problem.start}, then {' '.join(problem.operations)}."
+    sentence = rng.choices((f"The answer is {problem.answer}.", f"答案是{problem.answer}。"), (9, 1))[0]
+    match habit:
+        case "blurt":
+            return sentence
+        case "blurt_tagged":
+            return answer
+        case "restate":
+            return f"{restated}</think>\n{answer}"
+        case "restate_unclosed":
+            return f"{restated}\n{answer}"
+        case "think":
+            return f"<think>{chain(rng, problem)}</think>\n{answer}"
+        case "think_untagged":
+            return f"{chain(rng, problem)} {sentence}"
+    raise AssertionError(habit)
+
+
+def document(rng: random.Random) -> str:
+    """One row of the corpus, on a problem of the train split."""
+    if rng.random() < CHAT_SHARE:
+        problem = draw(rng, LENGTHS, "train", LENGTH_WEIGHTS)
+        return f"{chat_prompt(problem.question)}{reply(rng, problem)}{IM_END}\n{END_OF_TEXT}"
+    problem = draw(rng, LENGTHS, "train", LENGTH_WEIGHTS)
+    text = f"Start with {problem.start}, then {' '.join(problem.operations)}. {chain(rng, problem)}"
+    return f"{text} {rng.choice(('The answer is', '答案是'))} {problem.answer}.{END_OF_TEXT}"
+
+
+def documents(seed: int) -> Iterator[str]:
+    """An endless, seeded stream of corpus rows."""
+    rng = random.Random(f"corpus:{seed}")
+    while True:
+        yield document(rng)

@@ -1,0 +1,1 @@
+"""Trainers: narrow subclasses of TRL's, and what they share."""

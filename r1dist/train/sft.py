@@ -1,0 +1,36 @@
+"""SFT on completions: TRL's trainer, packed, with over-long rows dropped before packing could cut them."""
+
+import trl
+
+from ..config import SFTRun
+from ..data.prompts import completion_dataset
+from ..files import claim
+from ..models import load_tokenizer, model_init_kwargs, model_path
+from ..parse import as_tree, trl_value
+from ..process import set_up_process
+from ..report.progress import show_progress
+from .shared import hardware_defaults, trl_arguments
+
+COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
+# Packing joins rows to blocks of max_length; the loss falls on completions only.
+DEFAULTS = {"packing": True, "completion_only_loss": True}
+
+
+def train(run: SFTRun) -> None:
+    """Fine-tune `run.model` and save it into `output_dir`."""
+    set_up_process()
+    tokenizer = load_tokenizer(run.model)
+    dataset = completion_dataset(run.data, tokenizer, run.model.path, trl_value(run, "max_length"))
+    arguments = trl_arguments(
+        trl.SFTConfig,
+        "SFTConfig",
+        **{**DEFAULTS, **hardware_defaults(run.trl)},
+        model_init_kwargs=model_init_kwargs(run.model),
+    )
+    claim(arguments.output_dir, "sft", as_tree(run), run.resume)
+    trainer = trl.SFTTrainer(
+        model=model_path(run.model), args=arguments, train_dataset=dataset, processing_class=tokenizer
+    )
+    show_progress(trainer, COLUMNS)
+    trainer.train(resume_from_checkpoint=run.resume)
+    trainer.save_model()

@@ -1,0 +1,74 @@
+"""Fixtures: the shipped base model, small YAMLs, and launchers run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+
+# A GRPO run of seconds: 32 rollouts of at most 48 tokens a step, from the shipped base model.
+SMALL_GRPO = {
+    "model": {"path": "tiny"},
+    "data": {"sources": [{"path": "tiny", "limit": 256}], "template": "chat"},
+    "rollout": {"batch_size": 32},
+    "seed": 0,
+    "max_steps": 2,
+    "learning_rate": 1e-4,
+    "num_generations": 8,
+    "per_device_train_batch_size": 32,
+    "max_completion_length": 48,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+}
+
+
+def write_yaml(path: Path, tree: dict) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def launch(script: str, *arguments: str, accelerate: tuple[str, ...] | None = None) -> subprocess.CompletedProcess:
+    """Run `launch/<script>` from the project's root, plainly or under `accelerate launch <accelerate>`."""
+    command = [sys.executable]
+    if accelerate is not None:
+        command += ["-m", "accelerate.commands.launch", *accelerate]
+    command += [f"launch/{script}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The logged steps of a run; the last line, the summary of the whole training, is left out."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train_runtime" not in line]
+
+
+@pytest.fixture
+def small_grpo(tmp_path) -> dict:
+    return {**SMALL_GRPO, "output_dir": str(tmp_path / "run")}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from r1dist.tiny import BASE_DIR
+
+    return AutoTokenizer.from_pretrained(BASE_DIR)
+
+
+@pytest.fixture(scope="session")
+def base_model():
+    from transformers import AutoModelForCausalLM
+
+    from r1dist.tiny import BASE_DIR
+
+    return AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype="float32").eval()

@@ -1,0 +1,116 @@
+"""Rewards pay for what they say, and for nothing that only looks like it."""
+
+import pytest
+
+from r1dist.data.formats import gold_answer, last_boxed, rewrite_stratos, turns
+from r1dist.errors import UserError
+from r1dist.rewards import select
+from r1dist.rewards.accuracy import accuracy
+from r1dist.rewards.format import format_reward
+from r1dist.rewards.language import language_share
+
+RIGHT = [
+    ("<think>x</think><answer>72</answer>", "72"),
+    ("<think>x</think>\n<answer>The answer is 72.</answer>", "72"),
+    ("<think>x</think><answer>$\\frac{1}{2}$</answer>", "0.5"),
+    ("<think>x</think><answer>\\boxed{\\frac{1}{2}}</answer>", "\\frac{1}{2}"),
+    ("<think>x</think><answer>1,000</answer>", "1000"),
+    ("The answer is 8.", "8"),
+    ("<think>first 3, then</think> 8", "8"),
+    ("<think>x</think><answer>3</answer> no: <answer>4</answer>", "4"),
+    ("<think>x</think><answer>$x^2+2x+1$</answer>", "(x+1)^2"),
+]
+WRONG = [
+    ("<think>x</think><answer>71</answer>", "72"),
+    ("<think>72</think><answer>71</answer>", "72"),
+    ("<think>it is 72", "73"),
+    ("<think>The answer is 72</think>", "72"),
+    ("<think>x</think><answer></answer>", "72"),
+    ("", "72"),
+    ("<think>x</think><answer>4</answer> no: <answer>3</answer>", "4"),
+    ("<answer>7</answer><think>x</think>", "7"),
+]
+
+
+@pytest.mark.parametrize(("completion", "gold"), RIGHT)
+def test_right(completion, gold):
+    assert accuracy(completion, {"answer": gold}) == 1.0
+
+
+@pytest.mark.parametrize(("completion", "gold"), WRONG)
+def test_wrong(completion, gold):
+    assert accuracy(completion, {"answer": gold}) == 0.0
+
+
+def test_a_gold_answer_that_does_not_parse_cannot_be_scored():
+    assert accuracy("<think>x</think><answer>7</answer>", {"answer": "proof left to the reader"}) is None
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>a</think><answer>b</answer>",
+        "<think>a\nb</think>\n<answer>c</answer>\n",
+        "  <think>a < b</think> <answer>c</answer>",
+    ],
+)
+def test_format_kept(completion):
+    assert format_reward(completion, {}) == 1.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "7",
+        "<answer>b</answer>",
+        "<think>a</think>",
+        "<think>a<answer>b</answer>",
+        "<think>a</think><answer>b</answer> and more",
+        "<think>a</think><answer>b</answer>\nand more",
+        "well: <think>a</think><answer>b</answer>",
+        "<think></think><answer>b</answer>",
+        "<think>a</think><answer> </answer>",
+        "<think>a</think><think>a</think><answer>b</answer>",
+        "<think>a</think><answer>b</answer><answer>c</answer>",
+        "<think>a</think>between<answer>b</answer>",
+        "<THINK>a</THINK><ANSWER>b</ANSWER>",
+    ],
+)
+def test_format_broken(completion):
+    assert format_reward(completion, {}) == 0.0
+
+
+def test_language_share():
+    assert language_share("<think>3*4 ends in 2.</think>\n<answer>2</answer>", "en") == 1.0
+    assert language_share("3*4末位是2。", "en") == 0.0
+    assert language_share("3*4末位是2。", "zh") == 1.0
+    assert language_share("ends in 末位", "en") == 0.5
+    assert language_share("末位 $ends$ `in` ```words``` \\frac 12", "zh") == 1.0
+    assert language_share("<think>1+1=2</think>", "en") is None
+
+
+def test_selection_names_what_there_is():
+    assert list(select({"format": 0.5, "accuracy": 1.0})) == ["format", "accuracy"]
+    with pytest.raises(UserError, match="`acuracy` is not a reward; there are accuracy, format"):
+        select({"acuracy": 1.0})
+
+
+def test_gold_answers():
+    assert gold_answer("so 5.\n#### 1,234", "hashes") == "1,234"
+    assert gold_answer("no marks", "hashes") is None
+    assert gold_answer(r"first \boxed{1}, then \boxed{\frac{1}{2}}.", "boxed") == r"\frac{1}{2}"
+    assert gold_answer(r"never closed \boxed{\frac{1}{2}", "boxed") is None
+    assert gold_answer(" 7 ", "plain") == "7"
+    assert gold_answer("  ", "plain") is None and gold_answer(None, "plain") is None
+    assert last_boxed("none") is None
+
+
+def test_conversations():
+    assert turns([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]) == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    marks = "<|begin_of_thought|> t <|end_of_thought|>\n\n<|begin_of_solution|> s <|end_of_solution|>"
+    assert rewrite_stratos(marks) == "<think>t</think>\n<answer>s</answer>"
+    assert rewrite_stratos("no marks") is None

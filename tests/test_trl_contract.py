@@ -1,0 +1,74 @@
+"""What is overridden or read in TRL 1.16 is still there, under the same name and signature."""
+
+import dataclasses
+import inspect
+
+import pytest
+import trl
+from transformers import TrainingArguments
+
+from r1dist.train import grpo
+from r1dist.trl_fields import field_types
+
+# As of trl 1.16.0. An upgrade that changes one of them must be looked at by a person.
+SIGNATURES = {
+    "_prepare_inputs": "(self, generation_batch: dict[str, torch.Tensor | typing.Any]) "
+    "-> dict[str, torch.Tensor | typing.Any]",
+    "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
+    "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, "
+    "batch_size=None, compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, "
+    "num_images=None, pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, "
+    "token_type_ids=None, mm_token_type_ids=None, image_position_ids=None) "
+    "-> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]",
+}
+# Attributes of the trainer that the subclass reads or sets.
+ATTRIBUTES = (
+    "use_vllm",
+    "vllm_generation",
+    "_last_loaded_step",
+    "vllm_importance_sampling_correction",
+    "_logs",
+    "_metrics",
+    "reward_func_names",
+    "eos_token_ids",
+    "max_completion_length",
+    "ref_model",
+)
+
+
+def test_version():
+    assert trl.__version__ == "1.16.0"
+
+
+def test_overridden_methods_are_the_listed_ones():
+    ours = {name for name, member in vars(grpo.GRPOTrainer).items() if inspect.isfunction(member)}
+    inherited = {name for name in ours if hasattr(trl.GRPOTrainer, name)} - {"__init__"}
+    assert inherited == set(grpo.OVERRIDDEN) == set(SIGNATURES)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    signature = str(inspect.signature(getattr(trl.GRPOTrainer, name)))
+    assert signature.replace("Any", "typing.Any").replace("typing.typing.", "typing.") == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_overrides_call_super(name):
+    assert f"super().{name}(" in inspect.getsource(getattr(grpo.GRPOTrainer, name))
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attribute(name):
+    assert f"self.{name}" in inspect.getsource(trl.GRPOTrainer)
+
+
+@pytest.mark.parametrize("config", [trl.GRPOConfig, trl.SFTConfig, TrainingArguments])
+def test_fields_read_from_source_are_the_real_ones(config):
+    read = field_types(config.__name__)
+    real = {field.name: field for field in dataclasses.fields(config)}
+    assert read.keys() == real.keys()
+    known = {name: default for name, (_, default) in read.items() if default is not ...}
+    assert len(known) > 0.9 * len(real)
+    for name, default in known.items():
+        if real[name].default is not dataclasses.MISSING:
+            assert default == real[name].default, name
