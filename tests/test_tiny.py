@@ -1,0 +1,111 @@
+"""The embedded base model is what its code says it is, and behaves like a raw base model."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from safetensors import safe_open
+
+from r1dist.config import EvaluateRun
+from r1dist.data.prompts import prompt_dataset
+from r1dist.evaluate.evaluate import engine_for, measure
+from r1dist.parse import parse
+from r1dist.rewards.language import language_share
+from r1dist.rollout.protocol import Sampling
+from r1dist.tiny import BASE_DIR
+from r1dist.tiny.build import BuildConfig, fingerprint
+from r1dist.tiny.corpus import chat_prompt, documents
+from r1dist.tiny.problems import Problem, generate
+from r1dist.tiny.worked import rows
+
+
+def test_code_and_file_have_not_parted():
+    config = BuildConfig()
+    assert json.loads((BASE_DIR / "build.json").read_text())["fingerprint"] == fingerprint(config), (
+        "r1dist/tiny was changed; rebuild the base with `make base`"
+    )
+    with safe_open(BASE_DIR / "model.safetensors", "pt") as file:
+        assert file.metadata()["fingerprint"] == fingerprint(config)
+
+
+def test_another_configuration_has_another_fingerprint():
+    assert fingerprint(BuildConfig(steps=2501)) != fingerprint(BuildConfig())
+
+
+def test_size(base_model):
+    assert 1e6 <= base_model.num_parameters() <= 3e6
+    assert sum(file.stat().st_size for file in BASE_DIR.iterdir()) <= 6e6
+    assert base_model.config.model_type == "qwen2"
+
+
+def test_problems_are_worked_from_left_to_right():
+    problem = Problem(7, ("*3", "+4", "*9"))
+    assert problem.steps == [(7, "*3", 1), (1, "+4", 5), (5, "*9", 5)]
+    assert problem.answer == str(((7 * 3 + 4) * 9) % 10)
+
+
+def test_train_and_test_are_disjoint_for_any_seeds():
+    train = {row["problem"] for seed in range(3) for row in generate(3000, seed, "train")}
+    test = {row["problem"] for seed in range(3) for row in generate(1000, seed, "test")}
+    assert len(train) > 8000 and len(test) > 2500
+    assert not train & test
+
+
+def test_the_corpus_holds_no_test_problem():
+    for _, text in zip(range(3000), documents(0), strict=False):
+        start, operations = re.search(r"Start with (\d), then ([^:.]*)[:.]", text).groups()
+        assert Problem(int(start), tuple(operations.split())).split == "train"
+
+
+def test_answers_cannot_be_guessed():
+    answers = [row["answer"] for row in generate(5000, 0, "test")]
+    assert max(answers.count(str(digit)) for digit in range(10)) < 0.13 * len(answers)
+
+
+def test_chat_template_is_the_corpus_own(tokenizer):
+    messages = [{"role": "user", "content": "Start with 7"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == chat_prompt("Start with 7")
+    for _, document in zip(range(50), documents(1), strict=False):
+        assert tokenizer.decode(tokenizer(document)["input_ids"]) == document
+
+
+def test_worked_rows_are_right_and_in_english():
+    for row in rows(50, 0, "train"):
+        assert row["completion"].endswith(f"<answer>{row['answer']}</answer>")
+        assert row["completion"].count("ends in") == row["operations"]
+        assert language_share(row["completion"], "en") == 1.0
+
+
+@pytest.fixture(scope="module")
+def scores(base_model, tokenizer):
+    run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
+    run.data.sources[0].limit = 300
+    dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, run.sampling.max_tokens)
+    engine = engine_for(base_model, tokenizer, 256)
+    greedy = measure(run, engine, tokenizer, dataset, Sampling(112, temperature=0), 1)
+    sampled = measure(run, engine, tokenizer, dataset, Sampling(112), 4)
+    return greedy, sampled
+
+
+def test_asked_the_base_mostly_answers_at_once_and_is_mostly_wrong(scores):
+    greedy, sampled = scores
+    assert greedy.accuracy < 0.2 and greedy.mean_tokens < 20
+    assert 0.1 <= sampled.accuracy <= 0.4
+    assert 0.05 <= sampled.format <= 0.6
+    assert 0.5 < sampled.language < 0.97
+
+
+def test_thinking_pays(base_model, tokenizer):
+    """Started on a chain, the base is far better than asked; and chains leave room to improve."""
+    run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
+    run.data.sources[0].limit = 200
+    dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, 112)
+    started = dataset.map(
+        lambda row: {"prompt": tokenizer.apply_chat_template(
+            row["prompt"], tokenize=False, add_generation_prompt=True
+        ) + "<think>Let me work it out."}
+    )  # fmt: skip
+    scores = measure(run, engine_for(base_model, tokenizer, 256), tokenizer, started, Sampling(112, temperature=0), 1)
+    assert 0.6 <= scores.accuracy <= 0.95
