@@ -59,6 +59,12 @@ def test_an_empty_file_is_refused(tmp_path):
         load_problems([Source(path=jsonl(tmp_path / "rows.jsonl", []), problem="q", answer="a")])
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "1", "a": "1"}\n{"q": "2", "a"\n')
+    with pytest.raises(UserError, match=r"rows.jsonl is no readable jsonl file: "):
+        load_problems([Source(path=str(tmp_path / "rows.jsonl"), problem="q", answer="a")])
+
+
 def test_rows_without_an_answer_are_counted_and_refused_as_a_majority(tmp_path, caplog):
     rows = [*ROWS[:6], *({"q": "?", "a": "no answer here"} for _ in range(4))]
     source = Source(path=jsonl(tmp_path / "rows.jsonl", rows), problem="q", answer="a", answer_format="hashes")

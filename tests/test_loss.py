@@ -56,7 +56,7 @@ def make_rollouts(model, seed):
                 "completion": ids[prompt:],
                 "old": own + 0.3 * noise[0],
                 "reference": own + 0.3 * noise[1],
-                "advantage": torch.tensor([1.5, -0.7, 0.4, -1.2][index]),
+                "advantage": torch.tensor([1.5, -0.7, 0.9, 0.4][index]),
             }
         )
     return rollouts
@@ -101,7 +101,7 @@ def test_loss_and_gradient(small_grpo, tokenizer, loss_type, beta):
     expected = reference_loss(plain, rollouts, loss_type, beta)
     expected.backward()
 
-    assert expected.abs() > 1e-3
+    assert expected.abs() > 0.05
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         difference = (ours.grad - theirs.grad).norm() / theirs.grad.norm()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..config import Source
@@ -109,7 +109,7 @@ def _read(source: Source) -> Dataset:
     if path.suffix in READERS:
         if not path.is_file():
             raise UserError(f"data.sources: there is no file {path}.")
-        raw = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        raw = _from_file(path)
     elif path.is_dir():
         raw = load_dataset(str(path), name=source.subset, split=source.split)
     else:
@@ -117,6 +117,16 @@ def _read(source: Source) -> Dataset:
     if len(raw) == 0:
         raise UserError(f"data.sources: {source.path} holds no rows.")
     return raw.select(range(min(source.limit, len(raw)))) if source.limit else raw
+
+
+def _from_file(path: Path) -> Dataset:
+    if path.stat().st_size == 0:
+        raise UserError(f"data.sources: {path} holds no rows.")
+    try:
+        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    except DatasetGenerationError as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"data.sources: {path} is no readable {path.suffix[1:]} file: {cause}") from error
 
 
 def _from_hub(source: Source) -> Dataset:

@@ -55,7 +55,11 @@ class Runner:
 
     def commands(self) -> list[list[str]]:
         """All commands, in order."""
-        return [command for stage in self.run.stages for command in self._stage_commands(stage)]
+        listed = []
+        for stage in self.run.stages:
+            listed += [] if stage.kind == "base" else [self.train_command(stage)]
+            listed.append(self.evaluate_command(stage))
+        return listed
 
     def go(self) -> dict:
         """Run everything and return the summary, which is also in `<output_dir>/summary.json`."""
@@ -67,8 +71,10 @@ class Runner:
         finished = []
         for stage in self.run.stages:
             began = time.monotonic()
-            for command in self._stage_commands(stage):
-                self._execute(stage, command)
+            if stage.kind != "base":
+                self._execute(stage, self.train_command(stage), stderr_to_log=True)
+            # The evaluation's progress bar belongs on the terminal.
+            self._execute(stage, self.evaluate_command(stage), stderr_to_log=False)
             scores = json.loads(self.evaluation(stage).read_text())
             seconds = round(time.monotonic() - began, 1)
             finished.append({"name": stage.name, "kind": stage.kind, "seconds": seconds, "eval": scores["greedy"]})
@@ -89,25 +95,25 @@ class Runner:
                 )
             known.add(stage.name)
 
-    def _stage_commands(self, stage: Stage) -> list[list[str]]:
-        training = [] if stage.kind == "base" else [self.train_command(stage)]
-        return [*training, self.evaluate_command(stage)]
-
-    def _execute(self, stage: Stage, command: list[str]) -> None:
+    def _execute(self, stage: Stage, command: list[str], stderr_to_log: bool) -> None:
         print(f"\n[{stage.name}] {shlex.join(command)}", flush=True)
         log = self.folder / "logs" / f"{stage.name}.log"
         log.parent.mkdir(exist_ok=True)
         with log.open("a") as file:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True, env=_environment())
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=file if stderr_to_log else None,
+                text=True,
+                env={"TOKENIZERS_PARALLELISM": "false", **os.environ},
+            )
             for line in process.stdout:
                 file.write(line)
                 if line.startswith("step "):
                     print(f"  {line}", end="", flush=True)
         if process.wait():
-            last = "\n".join(log.read_text().splitlines()[-5:])
-            raise UserError(f"stage `{stage.name}` failed with exit code {process.returncode}; see {log}:\n{last}")
-
-
-def _environment() -> dict[str, str]:
-    # A worker per core computes; without this each of them would start a thread per core besides.
-    return {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+            lines = log.read_text().splitlines()
+            said = [line for line in lines if line.startswith("error: ")] or lines[-5:]
+            raise UserError(
+                f"stage `{stage.name}` failed with exit code {process.returncode}; see {log}:\n" + "\n".join(said[:5])
+            )

@@ -23,28 +23,39 @@ from transformers import (
 
 from .protocol import Request, Rollout, Sampling
 
+# Noise is drawn for several positions at once where the vocabulary is small: a call for every row and
+# position would cost more than the model.
+NOISE_BLOCK = 8192
+
 
 class SeededDraw(LogitsProcessor):
-    """Turns the argmax that follows into a draw from softmax(scores), row i by generator i.
+    """Turns the argmax that follows into a draw from softmax(scores), row i by a generator of its own.
 
-    argmax(p / e) with e ~ Exp(1) is distributed as p (the exponential race). Keeps the drawn tokens'
-    logprobs in `logprobs`, one tensor [B] per position.
+    argmax(p / e) with e ~ Exp(1) is distributed as p (the exponential race). Without seeds the argmax is left
+    alone. Keeps the chosen tokens' logprobs in `logprobs`, one tensor [B] per position.
     """
 
     def __init__(self, seeds: list[int] | None, device: torch.device):
         self.generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.logprobs: list[torch.Tensor] = []
+        self._noise: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         logprobs = scores.float().log_softmax(dim=-1)
-        raced = logprobs
-        if self.generators is not None:
-            noise = torch.empty_like(logprobs)
-            for row, generator in zip(noise, self.generators, strict=True):
-                row.exponential_(generator=generator)
-            raced = logprobs - noise.log()
+        raced = logprobs if self.generators is None else logprobs - self._next_noise(logprobs).log()
         self.logprobs.append(logprobs.gather(1, raced.argmax(dim=-1, keepdim=True)).squeeze(1))
         return raced
+
+    def _next_noise(self, scores: torch.Tensor) -> torch.Tensor:
+        """Exponential noise [B, V] for the next position. The block depends on V alone, so rows repeat exactly."""
+        rows, vocabulary = scores.shape
+        block = max(1, NOISE_BLOCK // vocabulary)
+        place = len(self.logprobs) % block
+        if place == 0:
+            self._noise = scores.new_empty(rows, block, vocabulary)
+            for row, generator in zip(self._noise, self.generators, strict=True):
+                row.exponential_(generator=generator)
+        return self._noise[:, place]
 
 
 class InProcessEngine:

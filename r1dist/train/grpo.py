@@ -27,7 +27,7 @@ from ..rewards import Reward, select
 from ..rollout.in_process import InProcessEngine
 from ..rollout.protocol import Engine, Request, Rollout, Sampling, sample_seed
 from .clock import PhaseClock
-from .shared import hardware_defaults, trl_arguments
+from .shared import checkpoint_to_resume, hardware_defaults, trl_arguments
 
 OVERRIDDEN = ("_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
 COLUMNS = {
@@ -229,6 +229,7 @@ def train(run: GRPORun) -> None:
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, completion)
     arguments = arguments_of(run)
     claim(arguments.output_dir, "grpo", as_tree(run), run.resume)
+    checkpoint = checkpoint_to_resume(run)
     trainer = build(run, arguments, tokenizer, dataset)
-    trainer.train(resume_from_checkpoint=run.resume)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -9,7 +9,7 @@ from ..models import load_tokenizer, model_init_kwargs, model_path
 from ..parse import as_tree, trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
-from .shared import hardware_defaults, trl_arguments
+from .shared import checkpoint_to_resume, hardware_defaults, trl_arguments
 
 COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
 # Packing joins rows to blocks of max_length; the loss falls on completions only.
@@ -28,9 +28,10 @@ def train(run: SFTRun) -> None:
         model_init_kwargs=model_init_kwargs(run.model),
     )
     claim(arguments.output_dir, "sft", as_tree(run), run.resume)
+    checkpoint = checkpoint_to_resume(run)
     trainer = trl.SFTTrainer(
         model=model_path(run.model), args=arguments, train_dataset=dataset, processing_class=tokenizer
     )
     show_progress(trainer, COLUMNS)
-    trainer.train(resume_from_checkpoint=run.resume)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from transformers.trainer_utils import get_last_checkpoint
 
+from ..config import GRPORun, SFTRun
 from ..errors import UserError
 
 
@@ -20,3 +22,14 @@ def trl_arguments(config_class: type, run_class_name: str, **values: Any) -> Any
         return config_class(**values)
     except ValueError as error:
         raise UserError(f"{run_class_name}: {' '.join(str(error).split())}") from error
+
+
+def checkpoint_to_resume(run: GRPORun | SFTRun) -> str | None:
+    """The newest checkpoint of the run's folder if `resume` is set; raises `UserError` if there is none."""
+    if not run.resume:
+        return None
+    folder = run.trl["output_dir"]
+    checkpoint = get_last_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"output_dir {folder} holds no checkpoint yet. Remove it and start again without --resume.")
+    return checkpoint
