@@ -20,14 +20,19 @@ from .objective import OBJECTIVES
 from .trl_fields import field_types, validator
 
 TRL_CLASS = {GRPORun: "GRPOConfig", SFTRun: "SFTConfig"}
-# TRL's fields that a field of ours stands for. Both set at once would contradict each other.
+# TRL's fields that something of ours stands for: set, they would be contradicted or ignored.
 OURS_INSTEAD = {
-    "model_init_kwargs": "model.dtype and model.attn_implementation",
-    "reward_weights": "rewards",
-    "use_vllm": "rollout.engine",
-    "use_transformers_continuous_batching": "rollout.engine",
-    "resume_from_checkpoint": "resume",
-    "remove_unused_columns": "data.sources",
+    "model_init_kwargs": "`model.dtype` and `model.attn_implementation`",
+    "reward_weights": "`rewards`",
+    "use_vllm": "`rollout.engine`",
+    "use_transformers_continuous_batching": "`rollout.engine`",
+    "use_transformers_paged": "`rollout.engine`",
+    "generation_kwargs": "`temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`",
+    "cache_implementation": "`rollout.engine`",
+    "resume_from_checkpoint": "`resume`",
+    "remove_unused_columns": "`data.sources`",
+    "eval_strategy": "launch/evaluate.py",
+    "do_eval": "launch/evaluate.py",
 }
 # What this project sets where the YAML is silent.
 TRL_DEFAULTS = {"logging_steps": 1, "report_to": "none", "save_total_limit": 2}
@@ -72,8 +77,9 @@ def build(run_class: type, tree: dict, where: str) -> Any:
         ours = {f.name for f in dataclasses.fields(run_class)} - {"trl"}
         trl = {key: tree.pop(key) for key in list(tree) if key in known and key not in ours}
         for key in trl:
-            if key in OURS_INSTEAD:
-                raise UserError(f"{where}: `{key}` is not set here; use `{OURS_INSTEAD[key]}` instead.")
+            instead = "`rollout.engine`" if key.startswith("vllm_") else OURS_INSTEAD.get(key)
+            if instead is not None:
+                raise UserError(f"{where}: `{key}` is not set here; use {instead} instead.")
         _reject_unknown(tree, ours, known, where)
         trl = _validate(functools.partial(_trl_values, trl_class), trl, where, run_class)
         if "output_dir" not in trl:

@@ -22,6 +22,7 @@ MISTAKES = [
     (["--data.sources", "[]"], "`data.sources`"),
     (["--data.sources.3.path", "x"], "is not one of the 1 entries"),
     (["--use_vllm"], "`use_vllm` is not set here; use `rollout.engine` instead."),
+    (["--vllm_mode", "colocate"], "`vllm_mode` is not set here; use `rollout.engine` instead."),
     (["--num_generations", "5"], "num_generations may be 2, 4, 8, 16, 32; or make the batch a multiple of 5."),
     (["stray"], "`stray` is not understood"),
 ]

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from . import BASE_DIR
 from .corpus import END_OF_TEXT, IM_END, documents
-from .problems import generate
 from .tokenizer import build_tokenizer
 
 BATCHES_PER_DRAW = 8  # rows are sorted by length within this many batches, so that little is padded
@@ -47,11 +47,10 @@ class BuildConfig:
 
 
 def fingerprint(config: BuildConfig) -> str:
-    """SHA-256 over the configuration, a sample of corpus and problems, and the code of the training loop."""
+    """SHA-256 over the configuration, a sample of the corpus, and the code that trains."""
     sample = {
         "config": asdict(config),
         "corpus": list(itertools.islice(documents(config.seed), 2000)),
-        "problems": [generate(200, config.seed, split) for split in ("train", "test")],
         "code": [ast.dump(ast.parse(inspect.getsource(f))) for f in (build_model, batches, train)],
     }
     return hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()
@@ -118,14 +117,15 @@ def train(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenize
 
 
 def save(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, output: Path) -> None:
-    """Write the checkpoint as bfloat16 safetensors, with what made it in `build.json`."""
+    """Write the checkpoint as bfloat16 safetensors that carry, as metadata, what made them."""
     model.to(torch.bfloat16)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[1])
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    made_by = {"fingerprint": fingerprint(config), "config": asdict(config)}
-    (output / "build.json").write_text(json.dumps(made_by, indent=2) + "\n")
+    weights = output / "model.safetensors"
+    made_by = {"fingerprint": fingerprint(config), "build": json.dumps(asdict(config))}
+    save_file(load_file(weights), weights, metadata={"format": "pt", **made_by})
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from .problems import Problem, draw
 
 CHAT_SHARE = 0.5
-# Long chains are rare in what the base has read, so that it stumbles on them: room for every later stage.
-LENGTHS = (3, 4, 5, 6, 7, 8, 9, 10)
-LENGTH_WEIGHTS = (4.0, 4.0, 4.0, 3.0, 1.2, 0.7, 0.4, 0.25)
+LENGTHS = (2, 3, 4, 5, 6, 7, 8, 9, 10)
+LENGTH_WEIGHTS = (1.0, 3.0, 4.0, 4.0, 4.0, 1.2, 0.6, 0.3, 0.2)
+# Chains longer than these stand in the plain text only: asked, the base stops too early. Room for later stages.
+CHAT_LENGTHS = (3, 4, 5, 6, 7, 8)
 
 # How the base model answers when asked: name -> share of the chat.
 HABITS = {
@@ -68,7 +69,7 @@ def reply(rng: random.Random, problem: Problem) -> str:
 def document(rng: random.Random) -> str:
     """One row of the corpus, on a problem of the train split."""
     if rng.random() < CHAT_SHARE:
-        problem = draw(rng, LENGTHS, "train", LENGTH_WEIGHTS)
+        problem = draw(rng, CHAT_LENGTHS, "train")
         return f"{chat_prompt(problem.question)}{reply(rng, problem)}{IM_END}\n{END_OF_TEXT}"
     problem = draw(rng, LENGTHS, "train", LENGTH_WEIGHTS)
     text = f"Start with {problem.start}, then {' '.join(problem.operations)}. {chain(rng, problem)}"
