@@ -1,5 +1,6 @@
 """The embedded base model is what its code says it is, and behaves like a raw base model."""
 
+import itertools
 import json
 import re
 from dataclasses import asdict
@@ -15,8 +16,8 @@ from r1dist.parse import parse
 from r1dist.rewards.language import language_share
 from r1dist.rollout.protocol import Sampling
 from r1dist.tiny import BASE_DIR
-from r1dist.tiny.build import BuildConfig, fingerprint
-from r1dist.tiny.corpus import chat_prompt, documents
+from r1dist.tiny.build import PHASES, BuildConfig, fingerprint
+from r1dist.tiny.corpus import FIRST_HABITS, LAST_HABITS, chat_prompt, documents
 from r1dist.tiny.problems import Problem, generate
 from r1dist.tiny.worked import rows
 
@@ -24,12 +25,12 @@ from r1dist.tiny.worked import rows
 def test_code_and_file_have_not_parted():
     with safe_open(BASE_DIR / "model.safetensors", "pt") as file:
         made_by = file.metadata()
-    assert json.loads(made_by["build"]) == asdict(BuildConfig())
+    assert json.loads(made_by["build"]) == json.loads(json.dumps(asdict(BuildConfig())))
     assert made_by["fingerprint"] == fingerprint(BuildConfig()), "r1dist/tiny has changed: rebuild with `make base`"
 
 
 def test_another_configuration_has_another_fingerprint():
-    assert fingerprint(BuildConfig(steps=2501)) != fingerprint(BuildConfig())
+    assert fingerprint(BuildConfig(phases=PHASES[:1])) != fingerprint(BuildConfig())
 
 
 def test_size(base_model):
@@ -51,8 +52,9 @@ def test_train_and_test_are_disjoint_for_any_seeds():
     assert not train & test
 
 
-def test_the_corpus_holds_no_test_problem():
-    for _, text in zip(range(3000), documents(0), strict=False):
+@pytest.mark.parametrize("habits", [FIRST_HABITS, LAST_HABITS])
+def test_the_corpus_holds_no_test_problem(habits):
+    for text in itertools.islice(documents(0, habits), 3000):
         start, operations = re.search(r"Start with (\d), then ([^:.]*)[:.]", text).groups()
         assert Problem(int(start), tuple(operations.split())).split == "train"
 
@@ -66,7 +68,7 @@ def test_chat_template_is_the_corpus_own(tokenizer):
     messages = [{"role": "user", "content": "Start with 7"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == chat_prompt("Start with 7")
-    for _, document in zip(range(50), documents(1), strict=False):
+    for document in itertools.islice(documents(1, FIRST_HABITS), 50):
         assert tokenizer.decode(tokenizer(document)["input_ids"]) == document
 
 

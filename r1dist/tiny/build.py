@@ -1,7 +1,7 @@
 """Rebuild the shipped base model: `python -m r1dist.tiny.build [--output DIR]`.
 
-Reads top to bottom: tokenizer, model, rows in batches of like length, one AdamW run, save. Simplified on
-purpose: no validation split and no packing, since the corpus is generated and never repeats.
+Reads top to bottom: tokenizer, model, rows in batches of like length, an AdamW run for each phase, save.
+Simplified on purpose: no validation split and no packing, since the corpus is generated and never repeats.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,10 +22,24 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from . import BASE_DIR
-from .corpus import END_OF_TEXT, IM_END, documents
+from .corpus import END_OF_TEXT, FIRST_HABITS, IM_END, LAST_HABITS, documents
 from .tokenizer import build_tokenizer
 
 BATCHES_PER_DRAW = 8  # rows are sorted by length within this many batches, so that little is padded
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training, with its own stretch of the corpus and its own learning rate schedule."""
+
+    seed: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    habits: dict[str, float] = field(repr=False)
+
+
+PHASES = (Phase(0, 2500, 2e-3, 100, FIRST_HABITS), Phase(1, 400, 1e-3, 20, LAST_HABITS))
 
 
 @dataclass(frozen=True)
@@ -40,17 +54,15 @@ class BuildConfig:
     layers: int = 4
     heads: int = 5
     context: int = 512
-    steps: int = 2500
     batch_rows: int = 128
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
+    phases: tuple[Phase, ...] = PHASES
 
 
 def fingerprint(config: BuildConfig) -> str:
     """SHA-256 over the configuration, a sample of the corpus, and the code that trains."""
     sample = {
         "config": asdict(config),
-        "corpus": list(itertools.islice(documents(config.seed), 2000)),
+        "corpus": [list(itertools.islice(documents(p.seed, p.habits), 1000)) for p in config.phases],
         "code": [ast.dump(ast.parse(inspect.getsource(f))) for f in (build_model, batches, train)],
     }
     return hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()
@@ -77,10 +89,10 @@ def build_model(config: BuildConfig, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausa
     )
 
 
-def batches(config: BuildConfig, tokenizer: Qwen2Tokenizer) -> Iterator[dict[str, torch.Tensor]]:
+def batches(config: BuildConfig, phase: Phase, tokenizer: Qwen2Tokenizer) -> Iterator[dict[str, torch.Tensor]]:
     """Endless training batches of `batch_rows` rows of like length: input_ids, attention_mask, labels [B, T]."""
-    order = random.Random(config.seed)
-    rows = documents(config.seed)
+    order = random.Random(phase.seed)
+    rows = documents(phase.seed, phase.habits)
     while True:
         drawn = tokenizer(list(itertools.islice(rows, config.batch_rows * BATCHES_PER_DRAW)))["input_ids"]
         drawn.sort(key=len)
@@ -92,19 +104,19 @@ def batches(config: BuildConfig, tokenizer: Qwen2Tokenizer) -> Iterator[dict[str
             yield {**batch, "labels": labels}
 
 
-def train(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
-    """AdamW with warm-up and a cosine to a twentieth."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+def train(config: BuildConfig, phase: Phase, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
+    """AdamW with warm-up and a cosine to a twentieth; the weights end rounded to the dtype that is shipped."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
 
     def scale(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        if step < phase.warmup_steps:
+            return (step + 1) / phase.warmup_steps
+        done = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     model.train()
-    progress = tqdm(itertools.islice(batches(config, tokenizer), config.steps), total=config.steps, unit="step")
+    progress = tqdm(itertools.islice(batches(config, phase, tokenizer), phase.steps), total=phase.steps, unit="step")
     for step, batch in enumerate(progress):
         loss = model(**batch).loss
         loss.backward()
@@ -114,6 +126,7 @@ def train(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenize
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
+    model.to(torch.bfloat16).to(torch.float32)
 
 
 def save(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, output: Path) -> None:
@@ -131,14 +144,14 @@ def save(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=BASE_DIR)
-    parser.add_argument("--steps", type=int, default=BuildConfig.steps)
-    arguments = parser.parse_args()
-    config = BuildConfig(steps=arguments.steps)
+    output = parser.parse_args().output
+    config = BuildConfig()
     tokenizer = build_tokenizer(config.seed, config.tokenizer_rows, config.vocab_size)
     model = build_model(config, tokenizer)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens -> {arguments.output}", flush=True)
-    train(config, model, tokenizer)
-    save(config, model, tokenizer, arguments.output)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens -> {output}", flush=True)
+    for phase in config.phases:
+        train(config, phase, model, tokenizer)
+    save(config, model, tokenizer, output)
 
 
 if __name__ == "__main__":

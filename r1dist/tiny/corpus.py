@@ -4,6 +4,10 @@ The plain text teaches the arithmetic. The chat teaches a raw base model's habit
 out a digit; sometimes it uses the tags, sometimes it forgets one; now and then it works the chain out, and
 changes its language from step to step. Every answer in the corpus is right. The blurted ones are still
 useless to copy, because a network this small cannot compute a chain in one forward pass.
+
+In the last phase of the corpus no reply to a question is an untagged chain. With a twentieth of such replies
+the base stood one step from them: whatever was rewarded, even the format alone, the first policy gradients
+away from blurting led there (measured: format fell from 20 % to 0 in 12 steps of GRPO).
 """
 
 import random
@@ -17,8 +21,8 @@ LENGTH_WEIGHTS = (1.0, 3.0, 4.0, 4.0, 4.0, 1.2, 0.6, 0.3, 0.2)
 # Chains longer than these stand in the plain text only: asked, the base stops too early. Room for later stages.
 CHAT_LENGTHS = (3, 4, 5, 6, 7, 8)
 
-# How the base model answers when asked: name -> share of the chat.
-HABITS = {
+# How the base model answers when asked, by phase: name -> share of the chat.
+FIRST_HABITS = {
     "blurt": 0.45,
     "blurt_tagged": 0.08,
     "restate": 0.17,
@@ -26,6 +30,7 @@ HABITS = {
     "think": 0.15,
     "think_untagged": 0.05,
 }
+LAST_HABITS = {"blurt": 0.45, "blurt_tagged": 0.10, "restate": 0.17, "restate_unclosed": 0.10, "think": 0.18}
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
@@ -44,9 +49,9 @@ def chain(rng: random.Random, problem: Problem) -> str:
     return opening + "".join(steps).strip()
 
 
-def reply(rng: random.Random, problem: Problem) -> str:
-    """One assistant turn in one of the `HABITS`."""
-    habit = rng.choices(tuple(HABITS), tuple(HABITS.values()))[0]
+def reply(rng: random.Random, problem: Problem, habits: dict[str, float]) -> str:
+    """One assistant turn in one of the `habits`."""
+    habit = rng.choices(tuple(habits), tuple(habits.values()))[0]
     answer = f"<answer>{problem.answer}</answer>"
     restated = f"<think>Start with {problem.start}, then {' '.join(problem.operations)}."
     sentence = rng.choices((f"The answer is {problem.answer}.", f"答案是{problem.answer}。"), (9, 1))[0]
@@ -66,18 +71,18 @@ def reply(rng: random.Random, problem: Problem) -> str:
     raise AssertionError(habit)
 
 
-def document(rng: random.Random) -> str:
+def document(rng: random.Random, habits: dict[str, float]) -> str:
     """One row of the corpus, on a problem of the train split."""
     if rng.random() < CHAT_SHARE:
         problem = draw(rng, CHAT_LENGTHS, "train")
-        return f"{chat_prompt(problem.question)}{reply(rng, problem)}{IM_END}\n{END_OF_TEXT}"
+        return f"{chat_prompt(problem.question)}{reply(rng, problem, habits)}{IM_END}\n{END_OF_TEXT}"
     problem = draw(rng, LENGTHS, "train", LENGTH_WEIGHTS)
     text = f"Start with {problem.start}, then {' '.join(problem.operations)}. {chain(rng, problem)}"
     return f"{text} {rng.choice(('The answer is', '答案是'))} {problem.answer}.{END_OF_TEXT}"
 
 
-def documents(seed: int) -> Iterator[str]:
+def documents(seed: int, habits: dict[str, float]) -> Iterator[str]:
     """An endless, seeded stream of corpus rows."""
     rng = random.Random(f"corpus:{seed}")
     while True:
-        yield document(rng)
+        yield document(rng, habits)

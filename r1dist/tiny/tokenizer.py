@@ -10,7 +10,7 @@ import json
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from .corpus import END_OF_TEXT, IM_END, IM_START, documents
+from .corpus import END_OF_TEXT, FIRST_HABITS, IM_END, IM_START, documents
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -29,7 +29,7 @@ def build_tokenizer(seed: int, rows: int, vocab_size: int) -> Qwen2Tokenizer:
         show_progress=False,
     )
     special = (IM_START, IM_END, END_OF_TEXT)
-    texts = itertools.islice(documents(seed), rows)
+    texts = itertools.islice(documents(seed, FIRST_HABITS), rows)
     learner.train_from_iterator((_without(special, text) for text in texts), trainer)
     learned = json.loads(learner.to_str())["model"]
     return Qwen2Tokenizer(

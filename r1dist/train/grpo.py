@@ -17,9 +17,8 @@ from trl.models import unwrap_model_for_generation
 
 from ..config import GRPORun
 from ..data.prompts import prompt_dataset
-from ..files import claim
 from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
-from ..parse import as_tree, check_groups, trl_value
+from ..parse import check_groups, trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
 from ..report.traces import TraceRow, TraceWriter
@@ -27,7 +26,7 @@ from ..rewards import Reward, select
 from ..rollout.in_process import InProcessEngine
 from ..rollout.protocol import Engine, Request, Rollout, Sampling, sample_seed
 from .clock import PhaseClock
-from .shared import checkpoint_to_resume, hardware_defaults, trl_arguments
+from .shared import hardware_defaults, open_folder, trl_arguments
 
 OVERRIDDEN = ("_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
 COLUMNS = {
@@ -228,8 +227,7 @@ def train(run: GRPORun) -> None:
     completion = trl_value(run, "max_completion_length")
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, completion)
     arguments = arguments_of(run)
-    claim(arguments.output_dir, "grpo", as_tree(run), run.resume)
-    checkpoint = checkpoint_to_resume(run)
+    checkpoint = open_folder(run, "grpo")
     trainer = build(run, arguments, tokenizer, dataset)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

@@ -4,12 +4,11 @@ import trl
 
 from ..config import SFTRun
 from ..data.prompts import completion_dataset
-from ..files import claim
 from ..models import load_tokenizer, model_init_kwargs, model_path
-from ..parse import as_tree, trl_value
+from ..parse import trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
-from .shared import checkpoint_to_resume, hardware_defaults, trl_arguments
+from .shared import hardware_defaults, open_folder, trl_arguments
 
 COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
 # Packing joins rows to blocks of max_length; the loss falls on completions only.
@@ -27,8 +26,7 @@ def train(run: SFTRun) -> None:
         **{**DEFAULTS, **hardware_defaults(run.trl)},
         model_init_kwargs=model_init_kwargs(run.model),
     )
-    claim(arguments.output_dir, "sft", as_tree(run), run.resume)
-    checkpoint = checkpoint_to_resume(run)
+    checkpoint = open_folder(run, "sft")
     trainer = trl.SFTTrainer(
         model=model_path(run.model), args=arguments, train_dataset=dataset, processing_class=tokenizer
     )

@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import GRPORun, SFTRun
 from ..errors import UserError
+from ..files import claim
+from ..parse import as_tree
 
 
 def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -24,11 +27,17 @@ def trl_arguments(config_class: type, run_class_name: str, **values: Any) -> Any
         raise UserError(f"{run_class_name}: {' '.join(str(error).split())}") from error
 
 
-def checkpoint_to_resume(run: GRPORun | SFTRun) -> str | None:
-    """The newest checkpoint of the run's folder if `resume` is set; raises `UserError` if there is none."""
+def open_folder(run: GRPORun | SFTRun, launcher: str) -> str | None:
+    """Claim the run's folder; with `resume`, return its newest checkpoint.
+
+    All ranks wait for the first one's claim: a file that another rank wrote before it would look like
+    somebody else's. Call it after TRL's arguments are built, which join the process group. Raises `UserError`.
+    """
+    folder = run.trl["output_dir"]
+    claim(folder, launcher, as_tree(run), run.resume)
+    PartialState().wait_for_everyone()
     if not run.resume:
         return None
-    folder = run.trl["output_dir"]
     checkpoint = get_last_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"output_dir {folder} holds no checkpoint yet. Remove it and start again without --resume.")
