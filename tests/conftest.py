@@ -38,11 +38,17 @@ def write_yaml(path: Path, tree: dict) -> Path:
 
 def launch(script: str, *arguments: str, accelerate: tuple[str, ...] | None = None) -> subprocess.CompletedProcess:
     """Run `launch/<script>` from the project's root, plainly or under `accelerate launch <accelerate>`."""
-    command = [sys.executable]
-    if accelerate is not None:
-        command += ["-m", "accelerate.commands.launch", *accelerate]
-    command += [f"launch/{script}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    launcher = [] if accelerate is None else ["-m", "accelerate.commands.launch", *accelerate]
+    return _run([*launcher, f"launch/{script}", *map(str, arguments)])
+
+
+def torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `launch/<script>` in two processes without DeepSpeed."""
+    return _run(["-m", "torch.distributed.run", "--nproc_per_node", "2", f"launch/{script}", *map(str, arguments)])
+
+
+def _run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def metrics(folder: Path) -> list[dict]:
