@@ -62,6 +62,15 @@ def test_launcher(tmp_path):
     assert json.loads(again.stdout) == result
 
 
+def test_answers_that_no_verifier_can_read_are_refused(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"{n}?", "a": "see the appendix"}) + "\n" for n in range(3)))
+    source = f"[{{path: {rows}, problem: q, answer: a}}]"
+    done = launch("evaluate.py", "--data.sources", source, "--output", tmp_path / "scores.json")
+    assert done.returncode == 2 and "no gold answer parses" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "scores.json").exists()
+
+
 def test_a_dry_run_loads_no_weights(tmp_path):
     config = ROOT / "configs/recipes/qwen2.5-0.5b/evaluate.yaml"
     done = launch("evaluate.py", "--config", config, "--dry_run")

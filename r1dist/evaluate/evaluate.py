@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from ..config import EvaluateRun
 from ..data.prompts import prompt_dataset
 from ..data.templates import prompt_ids
+from ..errors import UserError
 from ..files import write_json
 from ..models import load_model_config, load_tokenizer, model_path
 from ..process import set_up_process
@@ -116,6 +117,8 @@ def _scores(rollouts: list[Rollout], texts: list[str], rows: list[dict], samples
     by_problem = [right[i : i + samples] for i in range(0, len(right), samples)]
     # The gold answer decides whether a row can be scored, so all samples of a problem can or none.
     rates = [fmean(scores) for scores in by_problem if scores[0] is not None]
+    if not rates:
+        raise UserError("data.sources: no gold answer parses; set `answer` or `answer_format` of the source.")
     if len(rates) < len(by_problem):
         logger.warning("%d gold answers do not parse; those problems are left out", len(by_problem) - len(rates))
     shares = [share for share in (language_share(text, target) for text in texts) if share is not None]

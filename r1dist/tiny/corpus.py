@@ -7,7 +7,7 @@ useless to copy, because a network this small cannot compute a chain in one forw
 
 In the last phase of the corpus no reply to a question is an untagged chain. With a twentieth of such replies
 the base stood one step from them: whatever was rewarded, even the format alone, the first policy gradients
-away from blurting led there (measured: format fell from 20 % to 0 in 12 steps of GRPO).
+away from blurting led there (measured: under the format reward alone, format fell from 20 % to 11 % in 12 steps).
 """
 
 import random
