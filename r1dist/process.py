@@ -11,11 +11,7 @@ LOG_FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 
 def set_up_process() -> None:
-    """Logging from rank 0 only, and the process group of CPU runs under DeepSpeed.
-
-    DeepSpeed would set up its own backend on a CPU and see a world of one; asked first for gloo, it joins
-    the world that `accelerate launch` made.
-    """
+    """Quiet libraries, our own log from rank 0, and what CPU runs need."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S")
     logging.getLogger("r1dist").setLevel(level)
@@ -23,9 +19,11 @@ def set_up_process() -> None:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not torch.cuda.is_available():
+        # Left to guess, DeepSpeed finds the CPU as well, with a warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            import deepspeed
+        torch.serialization.register_package(0, lambda storage: None, _restore_to_cpu)
 
-            logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-            deepspeed.init_distributed("gloo", verbose=False)
+
+def _restore_to_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """Several CPU processes save tensors as on "cpu:0", a place that torch cannot load back to by itself."""
+    return storage if location.startswith("cpu:") else None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import GSM8K, ROOT, launch, metrics, write_yaml
+from conftest import GSM8K, ROOT, SMALL_GRPO, launch, metrics, torchrun, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.tiny import BASE_DIR
@@ -18,8 +18,6 @@ TRACE_FIELDS = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of three steps with a checkpoint, two optimizer steps to a generation."""
-    from conftest import SMALL_GRPO
-
     folder = tmp_path_factory.mktemp("grpo")
     tree = {**SMALL_GRPO, "output_dir": str(folder / "run"), "save_strategy": "steps", "save_steps": 2}
     tree |= {"per_device_train_batch_size": 16, "steps_per_generation": 2, "max_steps": 3}
@@ -92,6 +90,16 @@ def test_resume_goes_on_from_the_newest_checkpoint(finished):
     done = launch("grpo.py", "--config", config, "--resume", "--max_steps", "4")
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(folder)][-2:] == [3, 4]
+
+
+def test_two_cpu_processes_resume(tmp_path):
+    """Their checkpoints hold tensors tagged "cpu:0", which torch alone does not load back."""
+    tree = {**SMALL_GRPO, "output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 1}
+    config = write_yaml(tmp_path / "run.yaml", {**tree, "per_device_train_batch_size": 8, "max_steps": 1})
+    for arguments in ((), ("--resume", "--max_steps", "2")):
+        done = torchrun("grpo.py", "--config", config, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_a_bare_launch_says_which_recipe_it_runs_and_why():
