@@ -57,3 +57,19 @@ def test_first_step_of_grpo(tmp_path, whole, layout):
     step = first_step(tmp_path, "grpo", *LAYOUTS[layout])
     assert step["loss"] == pytest.approx(whole["grpo"]["loss"], abs=1e-6)
     assert step["grad_norm"] == pytest.approx(whole["grpo"]["grad_norm"], rel=1e-4)
+
+
+def test_first_step_of_sft(tmp_path):
+    """Completion-only loss, averaged over the tokens of the global batch."""
+    steps = {}
+    for name, rows in (("cpu", 8), ("zero2_cpu", 4)):
+        done = launch(
+            "sft.py", "--config", "configs/recipes/tiny/sft.yaml", "--max_steps", "1", "--data.sources.0.limit", "200",
+            "--output_dir", tmp_path / name, "--per_device_train_batch_size", rows,
+            accelerate=("--config_file", f"configs/accelerate/{name}.yaml"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        steps[name] = metrics(tmp_path / name)[0]
+    for field in ("loss", "grad_norm"):
+        assert steps["zero2_cpu"][field] == pytest.approx(steps["cpu"][field], rel=1e-4)
+    assert steps["zero2_cpu"]["num_tokens"] == steps["cpu"]["num_tokens"]
