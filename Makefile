@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format base
+.PHONY: help setup demo test lint format base
 .DEFAULT_GOAL := help
 
 help:

@@ -53,7 +53,7 @@ def reply(rng: random.Random, problem: Problem, habits: dict[str, float]) -> str
     """One assistant turn in one of the `habits`."""
     habit = rng.choices(tuple(habits), tuple(habits.values()))[0]
     answer = f"<answer>{problem.answer}</answer>"
-    restated = f"<think>Start with {problem.start}, then {' '.join(problem.operations)}."
+    restated = f"<think>{problem.statement}."
     sentence = rng.choices((f"The answer is {problem.answer}.", f"答案是{problem.answer}。"), (9, 1))[0]
     match habit:
         case "blurt":
@@ -77,7 +77,7 @@ def document(rng: random.Random, habits: dict[str, float]) -> str:
         problem = draw(rng, CHAT_LENGTHS, "train")
         return f"{chat_prompt(problem.question)}{reply(rng, problem, habits)}{IM_END}\n{END_OF_TEXT}"
     problem = draw(rng, LENGTHS, "train", LENGTH_WEIGHTS)
-    text = f"Start with {problem.start}, then {' '.join(problem.operations)}. {chain(rng, problem)}"
+    text = f"{problem.statement}. {chain(rng, problem)}"
     return f"{text} {rng.choice(('The answer is', '答案是'))} {problem.answer}.{END_OF_TEXT}"
 
 

@@ -24,8 +24,12 @@ class Problem:
     operations: tuple[str, ...]
 
     @property
+    def statement(self) -> str:
+        return f"Start with {self.start}, then {' '.join(self.operations)}"
+
+    @property
     def question(self) -> str:
-        return f"Start with {self.start}, then {' '.join(self.operations)}: what is the last digit?"
+        return f"{self.statement}: what is the last digit?"
 
     @property
     def steps(self) -> list[tuple[int, str, int]]:
@@ -58,11 +62,21 @@ def draw(rng: random.Random, lengths: Sequence[int], split: str, weights: Sequen
             return problem
 
 
-def generate(count: int, seed: int, split: str, lengths: Sequence[int] = LENGTHS) -> list[dict]:
-    """`count` different problems as rows with the columns `problem`, `answer` and `operations` (their number)."""
+def distinct(count: int, seed: int, split: str, lengths: Sequence[int] = LENGTHS) -> list[Problem]:
+    """`count` different problems of `split`."""
     rng = random.Random(f"{split}:{seed}")
     chosen: dict[str, Problem] = {}
     while len(chosen) < count:
         problem = draw(rng, lengths, split)
         chosen.setdefault(problem.question, problem)
-    return [{"problem": p.question, "answer": p.answer, "operations": len(p.operations)} for p in chosen.values()]
+    return list(chosen.values())
+
+
+def as_row(problem: Problem) -> dict:
+    """The columns `problem`, `answer` and `operations` (their number)."""
+    return {"problem": problem.question, "answer": problem.answer, "operations": len(problem.operations)}
+
+
+def generate(count: int, seed: int, split: str, lengths: Sequence[int] = LENGTHS) -> list[dict]:
+    """`distinct` problems as rows."""
+    return [as_row(problem) for problem in distinct(count, seed, split, lengths)]

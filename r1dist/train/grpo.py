@@ -18,7 +18,7 @@ from trl.models import unwrap_model_for_generation
 from ..config import GRPORun
 from ..data.prompts import prompt_dataset
 from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
-from ..parse import check_groups, trl_value
+from ..parse import trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
 from ..report.traces import TraceRow, TraceWriter
@@ -191,7 +191,6 @@ def arguments_of(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
     return trl_arguments(
         trl.GRPOConfig,
-        "GRPOConfig",
         **hardware_defaults(run.trl),
         model_init_kwargs=model_init_kwargs(run.model),
         reward_weights=list(run.rewards.values()),
@@ -220,7 +219,6 @@ def build(
 def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
     select(run.rewards)
-    check_groups(run)
     set_up_process()
     tokenizer = load_tokenizer(run.model)
     context = load_model_config(run.model).max_position_embeddings

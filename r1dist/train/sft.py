@@ -22,7 +22,6 @@ def train(run: SFTRun) -> None:
     dataset = completion_dataset(run.data, tokenizer, run.model.path, trl_value(run, "max_length"))
     arguments = trl_arguments(
         trl.SFTConfig,
-        "SFTConfig",
         **{**DEFAULTS, **hardware_defaults(run.trl)},
         model_init_kwargs=model_init_kwargs(run.model),
     )

@@ -19,12 +19,12 @@ def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return {"use_cpu": not gpu, "bf16": bf16, "dataloader_pin_memory": gpu, **values}
 
 
-def trl_arguments(config_class: type, run_class_name: str, **values: Any) -> Any:
+def trl_arguments(config_class: type, **values: Any) -> Any:
     """Build TRL's configuration; what it refuses, it refuses as a `UserError` before anything is written."""
     try:
         return config_class(**values)
     except ValueError as error:
-        raise UserError(f"{run_class_name}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
 
 
 def open_folder(run: GRPORun | SFTRun, launcher: str) -> str | None:
