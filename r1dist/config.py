@@ -14,6 +14,20 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(config=STRICT, kw_only=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    r: PositiveInt = 16
+    """Rank of the update."""
+    alpha: PositiveInt = 32
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    targets: str | list[str] = "all-linear"
+    """Names of the layers to adapt; `all-linear` is all but the head."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class Model:
     """Which weights to start from."""
 
@@ -25,6 +39,8 @@ class Model:
     """The dtype of the weights held by the trainer. Mixed precision is `bf16`, TRL's field."""
     attn_implementation: str = "sdpa"
     """The attention kernel of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of the weights (needs `peft`)."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -71,13 +87,73 @@ class Data:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class Serve:
+    """vLLM servers, all alike."""
+
+    replicas: PositiveInt = 1
+    """How many servers."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs (or, without one, groups of cores) that hold one copy of the model."""
+    data_parallel: PositiveInt = 1
+    """Copies of the model inside one server."""
+    devices: str | None = None
+    """GPUs to share out among the servers (`2,3`). Unset: vLLM's choice."""
+    cores: PositiveInt | None = None
+    """CPU cores of each server where there is no GPU. Unset: vLLM's choice, all but one."""
+    host: str = "127.0.0.1"
+    """Address to listen at. `0.0.0.0` lets other machines in; each request needs the token either way."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the servers compute in. `auto`: for a run, what its trainer computes in; else what the model says."""
+    max_model_len: PositiveInt | None = None
+    """Tokens of prompt and completion together. Unset: for a run, what it can need; else the model's context."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a GPU for a server, weights included. Unset: vLLM's default; on a shared GPU of a run, 0.3."""
+    cache_gib: float | None = Field(default=None, gt=0)
+    """GiB for the key-value cache, instead of a share. Unset: 1 where there is no GPU."""
+    enforce_eager: bool = False
+    """Do without compiled graphs: a faster start, slower tokens. Always so where there is no GPU."""
+    sleep: bool = False
+    """Let the servers give their memory back when asked to (GPUs). For a run, `rollout.sleep` sets it."""
+    start_timeout: float = Field(default=600, gt=0)
+    """Seconds that a server may take to come up."""
+    hang_timeout: float = Field(default=60, gt=0)
+    """Seconds without an answer after which a server is killed and started again."""
+    arguments: list[str] = Field(default_factory=list)
+    """Further words for vLLM's command line."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class Rollout:
     """Who generates."""
 
-    engine: Literal["transformers"] = "transformers"
-    """`transformers`: in the training process, bit-reproducible."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`transformers`: in the training process, bit-reproducible. `vllm`: by vLLM servers."""
     batch_size: PositiveInt = 128
     """Sequences that the in-process engine decodes at once, on each rank."""
+    servers: str = "managed"
+    """`managed`: the run starts servers, as `serve` says, and they end with it. Otherwise launch/serve.py's
+    endpoints file, or URLs with commas between them."""
+    serve: Serve = Field(default_factory=Serve)
+    """The managed servers."""
+    token_file: str | None = None
+    """File with the token (or vLLM's API key) of servers that are given by URL."""
+    transport: Literal["auto", "shm", "ipc", "nccl"] = "auto"
+    """How weights reach the servers. `shm`: by files. `ipc`: within one GPU. `nccl`: from GPU to GPU. `auto`: by the
+    devices for managed servers, by the endpoints file for others."""
+    weights_folder: str = "/dev/shm"
+    """Where `shm` writes them. For servers on other machines, a folder that all share."""
+    in_flight: PositiveInt = 512
+    """Samples that each rank asks of one server at a time."""
+    request_timeout: float = Field(default=600, gt=0)
+    """Seconds for one prompt's completions, after which another server is asked."""
+    health_timeout: float = Field(default=20, gt=0)
+    """Seconds in which a server must give a sign of life while it generates."""
+    timeout: float = Field(default=300, gt=0)
+    """Seconds without any server that can be used, after which the run saves a checkpoint and ends."""
+    max_logp_diff: float = Field(default=0.2, gt=0)
+    """Mean difference of a server's and the trainer's logprobs after a sync, above which the run ends."""
+    sleep: bool = False
+    """Servers on the trainer's GPU give back their memory while it trains."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -181,5 +257,20 @@ class PipelineRun:
     """The Accelerate configuration that the training stages are launched with."""
     seed: int = 0
     """Seed of every training stage."""
+    engine: Literal["transformers", "vllm"] | None = None
+    """Who generates in the RL stages, whatever their YAMLs say."""
+    dry_run: bool = False
+    """Print the commands, and stop."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ServeRun(Serve):
+    """`launch/serve.py`: vLLM servers for others to use. `Serve`'s fields are its own."""
+
+    model: Model
+    endpoints: str
+    """The file to write: addresses, token and state of the servers. Only its owner can read it."""
+    transport: Literal["auto", "shm", "ipc", "nccl"] = "auto"
+    """How they will be given weights. `auto`: `nccl` with a GPU, `shm` without."""
     dry_run: bool = False
     """Print the commands, and stop."""

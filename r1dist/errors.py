@@ -4,17 +4,28 @@ import sys
 from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3
 
 
 class UserError(Exception):
     """Input that cannot be used. The message names the file, the field and the mend, in one or two lines."""
 
 
+class RunStopped(Exception):
+    """A run that cannot go on, for a reason outside of it. The message says what happened and what is left."""
+
+
 def run_cli(main: Callable[[list[str]], None]) -> int:
-    """Run `main` on the command line; a `UserError` is printed without a traceback and gives exit code 2."""
+    """Run `main` on the command line, and give its exit code.
+
+    A `UserError` (exit code 2) and a `RunStopped` (3) are printed without a traceback.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except RunStopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     return 0

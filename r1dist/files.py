@@ -34,9 +34,10 @@ def claim(output_dir: str, launcher: str, config: dict, resume: bool) -> None:
     write_json(mark, record)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict, mode: int = 0o644) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.touch(mode)
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, path)

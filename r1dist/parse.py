@@ -24,7 +24,9 @@ TRL_CLASS = {GRPORun: "GRPOConfig", SFTRun: "SFTConfig"}
 OURS_INSTEAD = {
     "model_init_kwargs": "`model.dtype` and `model.attn_implementation`",
     "reward_weights": "`rewards`",
-    "use_vllm": "`rollout.engine`",
+    "vllm_model_impl": "`rollout.serve.arguments: [--model-impl, transformers]`",
+    "vllm_group_port": "`rollout.transport`, whose ports are chosen free,",
+    "vllm_structured_outputs_regex": "a reward for the form",
     "use_transformers_continuous_batching": "`rollout.engine`",
     "use_transformers_paged": "`rollout.engine`",
     "generation_kwargs": "`temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`",
@@ -34,8 +36,20 @@ OURS_INSTEAD = {
     "eval_strategy": "launch/evaluate.py",
     "do_eval": "launch/evaluate.py",
 }
+# TRL's fields for its vLLM that mean something here -> where that is said in our own words.
+ROLLOUT_INSTEAD = {
+    "vllm_server_base_url": "servers",
+    "vllm_server_timeout": "timeout",
+    "vllm_enable_sleep_mode": "sleep",
+    "vllm_gpu_memory_utilization": "serve.gpu_memory_utilization",
+    "vllm_max_model_length": "serve.max_model_len",
+    "vllm_tensor_parallel_size": "serve.tensor_parallel",
+}
+SERVER_MODE = ("vllm_mode", "vllm_server_host", "vllm_server_port")
 # What this project sets where the YAML is silent.
 TRL_DEFAULTS = {"logging_steps": 1, "report_to": "none", "save_total_limit": 2}
+# TRL's own default masks whole sequences, the longer the likelier.
+GRPO_DEFAULTS = {"vllm_importance_sampling_mode": "token_truncate"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,10 +90,11 @@ def build(run_class: type, tree: dict, where: str) -> Any:
         known = field_types(trl_class)
         ours = {f.name for f in dataclasses.fields(run_class)} - {"trl"}
         trl = {key: tree.pop(key) for key in list(tree) if key in known and key not in ours}
+        if run_class is GRPORun:
+            _translate_vllm(trl, tree, where)
         for key in trl:
-            instead = "`rollout.engine`" if key.startswith("vllm_") else OURS_INSTEAD.get(key)
-            if instead is not None:
-                raise UserError(f"{where}: `{key}` is not set here; use {instead} instead.")
+            if key in OURS_INSTEAD:
+                raise UserError(f"{where}: `{key}` is not set here; use {OURS_INSTEAD[key]} instead.")
         _reject_unknown(tree, ours, known, where)
         trl = _validate(functools.partial(_trl_values, trl_class), trl, where, run_class)
         if "output_dir" not in trl:
@@ -87,7 +102,7 @@ def build(run_class: type, tree: dict, where: str) -> Any:
         tree["trl"] = {**TRL_DEFAULTS, **trl}
     run = _validate(TypeAdapter(run_class).validate_python, tree, where, run_class)
     if isinstance(run, GRPORun):
-        run.trl = {**OBJECTIVES[run.train.objective], **run.trl}
+        run.trl = {**GRPO_DEFAULTS, **OBJECTIVES[run.train.objective], **run.trl}
     return run
 
 
@@ -117,6 +132,40 @@ def as_tree(run: Any) -> dict:
     """The resolved configuration as plain data, in the shape of the YAML that would give it."""
     tree = dataclasses.asdict(run)
     return {**tree.pop("trl", {}), **tree}
+
+
+def split_arguments(run_class: type, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words of `argv` that set fields of `run_class` (or name its `--config`), and the others."""
+    fields = {f.name for f in dataclasses.fields(run_class)} | {"config"}
+    ours, others, target = [], [], []
+    for word in argv:
+        if word.startswith("--"):
+            target = ours if re.split(r"[.=]", word[2:])[0] in fields else others
+        target.append(word)
+    return ours, others
+
+
+def _translate_vllm(trl: dict, tree: dict, where: str) -> None:
+    """Move what TRL's users say about vLLM from `trl` into the section `rollout` of `tree`, in place.
+
+    Raises `UserError` where `rollout` itself says it, too.
+    """
+    said = {key: trl.pop(key) for key in list(trl) if key in (*ROLLOUT_INSTEAD, *SERVER_MODE, "use_vllm")}
+    meant = {ROLLOUT_INSTEAD[key]: (key, value) for key, value in said.items() if key in ROLLOUT_INSTEAD}
+    if "use_vllm" in said:
+        meant["engine"] = ("use_vllm", "vllm" if said["use_vllm"] else "transformers")
+    if said.get("vllm_mode") == "server" and "servers" not in meant:
+        host = said.get("vllm_server_host", "127.0.0.1")
+        meant["servers"] = ("vllm_mode", f"http://{host}:{said.get('vllm_server_port', 8000)}")
+    for path, (key, value) in meant.items():
+        section = tree["rollout"] = dict(tree.get("rollout", {}))
+        *outer, name = path.split(".")
+        for part in outer:
+            section[part] = dict(section.get(part, {}))
+            section = section[part]
+        if name in section:
+            raise UserError(f"{where}: `{key}` and `rollout.{path}` say the same thing; keep the latter.")
+        section[name] = value
 
 
 def _arguments(argv: list[str]) -> dict[str, str]:

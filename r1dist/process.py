@@ -7,14 +7,13 @@ import datasets
 import torch
 from transformers.utils import logging as transformers_logging
 
-LOG_FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
+from .logs import set_up_logging
 
 
 def set_up_process() -> None:
     """Quiet libraries, our own log from rank 0, and what CPU runs need."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S")
-    logging.getLogger("r1dist").setLevel(level)
+    set_up_logging(level)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

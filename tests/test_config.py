@@ -21,8 +21,12 @@ MISTAKES = [
     (["--model.dtype", "int4"], "`model.dtype`: Input should be 'float32', 'bfloat16' or 'float16'"),
     (["--data.sources", "[]"], "`data.sources`"),
     (["--data.sources.3.path", "x"], "is not one of the 1 entries"),
-    (["--use_vllm"], "`use_vllm` is not set here; use `rollout.engine` instead."),
-    (["--vllm_mode", "colocate"], "`vllm_mode` is not set here; use `rollout.engine` instead."),
+    (["--vllm_group_port", "1"], "`vllm_group_port` is not set here; use `rollout.transport`, whose ports"),
+    (["--vllm_model_impl", "vllm"], "use `rollout.serve.arguments: [--model-impl, transformers]` instead."),
+    (
+        ["--vllm_server_timeout", "9", "--rollout.timeout", "9"],
+        "`vllm_server_timeout` and `rollout.timeout` say the same thing; keep the latter.",
+    ),
     (["--num_generations", "5"], "num_generations may be 2, 4, 8, 16, 32; or make the batch a multiple of 5."),
     (["stray"], "`stray` is not understood"),
 ]

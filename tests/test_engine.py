@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from r1dist.rollout.in_process import InProcessEngine
-from r1dist.rollout.protocol import Request, Sampling, sample_seed
+from r1dist.rollout.protocol import Request, Sampling, generate, sample_seed
 
 QUESTIONS = ["Start with 2, then +4 *7 +1: what is the last digit?", "Start with 9, then *3 +3 +8 *9 +2: what is"]
 
@@ -37,17 +37,17 @@ def requests(tokenizer, count, step=0):
 def test_a_rollout_does_not_depend_on_its_batch(engine_of, tokenizer):
     asked = requests(tokenizer, 8)
     sampling = Sampling(max_tokens=40)
-    whole = engine_of(16).generate(asked, sampling)
-    parts = engine_of(3).generate(asked[::-1], sampling)[::-1]
+    whole = generate(engine_of(16), asked, sampling)
+    parts = generate(engine_of(3), asked[::-1], sampling)[::-1]
     assert [r.token_ids for r in whole] == [r.token_ids for r in parts]
     assert len({tuple(r.token_ids) for r in whole[:8]}) > 1
-    other_step = engine_of(16).generate(requests(tokenizer, 8, step=1), sampling)
+    other_step = generate(engine_of(16), requests(tokenizer, 8, step=1), sampling)
     assert [r.token_ids for r in whole] != [r.token_ids for r in other_step]
 
 
 def test_logprobs_are_the_models_own_and_greedy_is_its_best(engine_of, tokenizer, base_model):
     for temperature in (0, 1.0, 0.5):
-        rollouts = engine_of(5).generate(requests(tokenizer, 3), Sampling(max_tokens=30, temperature=temperature))
+        rollouts = generate(engine_of(5), requests(tokenizer, 3), Sampling(max_tokens=30, temperature=temperature))
         for rollout in rollouts:
             prompt = rollout.request.prompt_ids
             ids = torch.tensor([prompt + rollout.token_ids])
@@ -62,7 +62,7 @@ def test_logprobs_are_the_models_own_and_greedy_is_its_best(engine_of, tokenizer
 
 def test_draws_follow_the_policys_distribution(engine_of, tokenizer, base_model):
     asked = requests(tokenizer, 2000)[:2000]
-    drawn = Counter(r.token_ids[0] for r in engine_of(500).generate(asked, Sampling(max_tokens=1)))
+    drawn = Counter(r.token_ids[0] for r in generate(engine_of(500), asked, Sampling(max_tokens=1)))
     with torch.no_grad():
         policy = base_model(input_ids=torch.tensor([asked[0].prompt_ids])).logits[0, -1].softmax(-1)
     for token in policy.topk(4).indices.tolist():
@@ -72,15 +72,15 @@ def test_draws_follow_the_policys_distribution(engine_of, tokenizer, base_model)
 
 def test_top_k_top_p_and_temperature_narrow_the_draw(engine_of, tokenizer):
     asked = requests(tokenizer, 40)
-    greedy = [r.token_ids for r in engine_of(80).generate(asked, Sampling(max_tokens=12, temperature=0))]
+    greedy = [r.token_ids for r in generate(engine_of(80), asked, Sampling(max_tokens=12, temperature=0))]
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}, {"min_p": 1.0}):
-        assert [r.token_ids for r in engine_of(80).generate(asked, Sampling(max_tokens=12, **narrow))] == greedy
+        assert [r.token_ids for r in generate(engine_of(80), asked, Sampling(max_tokens=12, **narrow))] == greedy
 
 
 def test_finish_reason_and_version(engine_of, tokenizer):
     engine = engine_of(64)
     engine.sync_weights(7)
-    rollouts = engine.generate(requests(tokenizer, 20), Sampling(max_tokens=6))
+    rollouts = generate(engine, requests(tokenizer, 20), Sampling(max_tokens=6))
     stops = set(engine.stop_ids)
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     for rollout in rollouts:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def prompt_dataset(
     data: Data, tokenizer: PreTrainedTokenizerBase, model_path: str, context: int, completion: int
 ) -> Dataset:
-    """Rows with `prompt`, `prompt_id`, `problem`, `answer`, `source` and `kind`.
+    """Rows with `prompt`, `prompt_id`, `prompt_length` (tokens), `problem`, `answer`, `source` and `kind`.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted.
     """
@@ -40,7 +40,7 @@ def prompt_dataset(
             f"data.sources: none of the {len(rows)} prompts fits: the model holds {context} tokens and "
             f"the completion may take {completion}. Shorten the completion."
         )
-    return fitting.remove_columns("prompt_length")
+    return fitting
 
 
 def completion_dataset(

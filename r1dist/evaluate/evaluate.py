@@ -22,7 +22,7 @@ from ..rewards.accuracy import accuracy
 from ..rewards.format import has_format
 from ..rewards.language import language_share
 from ..rollout.in_process import InProcessEngine
-from ..rollout.protocol import Request, Rollout, Sampling, sample_seed
+from ..rollout.protocol import Request, Rollout, Sampling, generate, sample_seed
 from .statistics import clustered_interval
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def measure(
     rollouts: list[Rollout] = []
     with tqdm(total=len(requests), desc=name, unit="rollout", leave=False) as progress:
         for begin in range(0, len(requests), run.batch_size):
-            rollouts += engine.generate(requests[begin : begin + run.batch_size], sampling)
+            rollouts += generate(engine, requests[begin : begin + run.batch_size], sampling)
             progress.update(min(run.batch_size, len(requests) - begin))
     texts = tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
     rows = [row for row in dataset for _ in range(samples)]

@@ -44,6 +44,8 @@ class Runner:
         accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", self.run.accelerate]
         script = [str(self.launch / LAUNCHERS[stage.kind]), "--config", str(self.configs / stage.config)]
         overrides = ["--model.path", self.model_of(stage.start), "--output_dir", self.model_of(stage.name)]
+        if stage.kind == "grpo" and self.run.engine is not None:
+            overrides += ["--rollout.engine", self.run.engine]
         return [*accelerate, *script, *overrides, "--seed", str(self.run.seed)]
 
     def evaluate_command(self, stage: Stage) -> list[str]:

@@ -5,7 +5,7 @@ batch nor on how many ranks there are. Simplified: no paged cache and no continu
 decoded until its longest completion ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -84,17 +84,24 @@ class InProcessEngine:
     def sync_weights(self, version: int) -> None:
         self.version = version
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        # Prompts of like length together: less padding, and the order of the answer is restored below.
+    def stream(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
+        # Prompts of like length together: less padding.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        rollouts: dict[int, Rollout] = {}
-        with self.unwrapped() as model, torch.no_grad():
+        with self.unwrapped() as model:
             for begin in range(0, len(order), self.batch_size):
                 chosen = order[begin : begin + self.batch_size]
-                batch = self._decode(model, [requests[i] for i in chosen], sampling)
-                rollouts.update(zip(chosen, batch, strict=True))
-        return [rollouts[i] for i in range(len(requests))]
+                yield from zip(chosen, self._decode(model, [requests[i] for i in chosen], sampling), strict=True)
 
+    def rest(self) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+    @torch.no_grad()
     def _decode(self, model: PreTrainedModel, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         longest = max(len(request.prompt_ids) for request in requests)
         padded = [[self.pad_id] * (longest - len(r.prompt_ids)) + r.prompt_ids for r in requests]

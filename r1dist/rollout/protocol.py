@@ -1,6 +1,7 @@
 """What the trainer, the evaluation and rejection sampling ask of whoever generates."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -41,17 +42,43 @@ class Rollout:
     policy_version: int
 
 
+class RolloutsLost(Exception):
+    """Nobody is left who could generate. The message says who was asked and what became of it."""
+
+
 class Engine(Protocol):
     """Generates rollouts with the policy's current weights."""
 
     def sync_weights(self, version: int) -> None:
-        """Take over the policy's weights, which from now on are called `version`."""
+        """Take over the policy's weights, which from now on are called `version`. Every rank calls it."""
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        """One rollout for each request, in their order."""
+    def stream(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
+        """A rollout for each request, as they are finished, with the request's place in the list.
+
+        Raises `RolloutsLost`.
+        """
+
+    def rest(self) -> None:
+        """No more rollouts are wanted for now. Every rank calls it."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log of the time since the last call, to be added up over the ranks."""
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+
+def generate(engine: Engine, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+    """One rollout for each request, in their order."""
+    rollouts = dict(engine.stream(requests, sampling))
+    return [rollouts[place] for place in range(len(requests))]
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
-    """A 63-bit seed of its own for each sample, the same whichever rank or server draws it."""
-    key = f"{run_seed}:{step}:{prompt_id}:{sample_index}".encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+    """A 62-bit seed of its own for each sample, the same whichever rank or server draws it.
+
+    The samples of a prompt have consecutive seeds, as a vLLM server gives them when it is asked for several
+    completions at once.
+    """
+    key = f"{run_seed}:{step}:{prompt_id}".encode()
+    return (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 2) + sample_index

@@ -5,18 +5,24 @@ their names and signatures against the pinned TRL.
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import trl
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import selective_log_softmax
 
 from ..config import GRPORun
+from ..config import Rollout as RolloutSettings
 from ..data.prompts import prompt_dataset
+from ..data.templates import prompt_ids
+from ..errors import RunStopped
 from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
 from ..parse import trl_value
 from ..process import set_up_process
@@ -24,11 +30,15 @@ from ..report.progress import show_progress
 from ..report.traces import TraceRow, TraceWriter
 from ..rewards import Reward, select
 from ..rollout.in_process import InProcessEngine
-from ..rollout.protocol import Engine, Request, Rollout, Sampling, sample_seed
+from ..rollout.protocol import Engine, Request, Rollout, RolloutsLost, Sampling, sample_seed
+from ..rollout.servers.engine import Policy
+from ..rollout.servers.start import connect, start_managed
+from ..rollout.weights.source import WeightSource
 from .clock import PhaseClock
-from .shared import hardware_defaults, open_folder, trl_arguments
+from .shared import computing_dtype, hardware_defaults, lora_config, open_folder, trl_arguments
 
 OVERRIDDEN = ("_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
+PROBE_TOKENS = 32
 COLUMNS = {
     "reward": "reward",
     "accuracy": "rewards/accuracy/mean",
@@ -53,11 +63,29 @@ class _EngineBackend:
         """TRL's order: prompt ids, completion ids, logprobs [B][T][1], and their ids (unused)."""
         requests = self.trainer.requests(prompts, num_generations)
         with profiler, self.trainer.clock.phase("generate"):
-            rollouts = self.engine.generate(requests, self.trainer.sampling)
+            rollouts = self._all_or_none(requests)
         self.trainer.generated = rollouts
         completions = [rollout.token_ids for rollout in rollouts]
         logprobs = [[[logprob] for logprob in rollout.logprobs] for rollout in rollouts]
         return prompts, completions, logprobs, None
+
+    def _all_or_none(self, requests: list[Request]) -> list[Rollout]:
+        """This rank's rollouts. Where one rank gets none, every rank raises `RolloutsLost`."""
+        taken: dict[int, Rollout] = {}
+        lost = None
+        try:
+            taken.update(self.engine.stream(requests, self.trainer.sampling))
+        except RolloutsLost as error:
+            lost = str(error)
+        outcomes = gather_object([(lost, self.engine.metrics())])
+        self.engine.rest()
+        reasons = [reason for reason, _ in outcomes if reason is not None]
+        if reasons:
+            raise RolloutsLost(reasons[0])
+        for name in sorted({name for _, metrics in outcomes for name in metrics}):
+            total = sum(metrics.get(name, 0.0) for _, metrics in outcomes)
+            self.trainer._metrics["train"][name].append(total)
+        return [taken[place] for place in range(len(requests))]
 
 
 class _ClockCallback(TrainerCallback):
@@ -102,9 +130,20 @@ class GRPOTrainer(trl.GRPOTrainer):
         self.use_vllm = True
         self.vllm_generation = _EngineBackend(self, make_engine(self))
         self._last_loaded_step = -1
-        # The in-process engine samples from the trained module itself: there is nothing to correct.
-        self.vllm_importance_sampling_correction = False
+        if isinstance(self.vllm_generation.engine, InProcessEngine):
+            # It samples from the trained module itself: there is nothing to correct.
+            self.vllm_importance_sampling_correction = False
         self.add_callback(_ClockCallback(self))
+
+    @torch.no_grad()
+    def score(self, tokens: list[int]) -> list[float]:
+        """The policy's logprob of each token but the first, at temperature 1. A collective under ZeRO-3."""
+        was_training = self.model.training
+        self.model.eval()
+        logits = self.model(input_ids=torch.tensor([tokens], device=self.accelerator.device)).logits[0, :-1]
+        self.model.train(was_training)
+        following = torch.tensor(tokens[1:], device=logits.device)
+        return selective_log_softmax(logits.float(), following).tolist()
 
     def requests(self, prompts: list[list[int]], num_generations: int) -> list[Request]:
         """What to ask of the engine for this rank's rows, whose groups lie one after another over the ranks."""
@@ -187,6 +226,27 @@ def in_process_engine(batch_size: int, trainer: GRPOTrainer) -> InProcessEngine:
     return InProcessEngine(unwrapped, trainer.eos_token_ids, trainer.processing_class.pad_token_id, batch_size)
 
 
+def server_engine(
+    rollout: RolloutSettings, servers: Path, dtype: str, probe: list[int], trainer: GRPOTrainer
+) -> Engine:
+    """The engine over vLLM servers; `servers` is the folder of the run's own."""
+    accelerator = trainer.accelerator
+    policy = Policy(
+        score=trainer.score,
+        probe=probe,
+        probe_tokens=min(PROBE_TOKENS, trainer.max_completion_length - 1),
+        stop_ids=trainer.eos_token_ids,
+        rank=accelerator.process_index,
+        share=lambda value: broadcast_object_list([value])[0],
+    )
+    source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
+    return connect(rollout, servers, source, policy, accelerator.num_processes)
+
+
+def servers_folder(run: GRPORun) -> Path:
+    return Path(run.trl["output_dir"]) / "servers"
+
+
 def arguments_of(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
     return trl_arguments(
@@ -203,14 +263,22 @@ def build(
 ) -> GRPOTrainer:
     """The trainer of `run`, ready to train."""
     rewards = select(run.rewards)
+    if run.rollout.engine == "vllm":
+        probe = prompt_ids(tokenizer, dataset[0]["prompt"])
+        dtype = run.rollout.serve.dtype
+        dtype = computing_dtype(arguments, run.model.dtype) if dtype == "auto" else dtype
+        make_engine = functools.partial(server_engine, run.rollout, servers_folder(run), dtype, probe)
+    else:
+        make_engine = functools.partial(in_process_engine, run.rollout.batch_size)
     trainer = GRPOTrainer(
-        make_engine=functools.partial(in_process_engine, run.rollout.batch_size),
+        make_engine=make_engine,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
         model=model_path(run.model),
         reward_funcs=[as_trl_reward(name, reward) for name, reward in rewards.items()],
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
+        peft_config=lora_config(run.model.lora),
     )
     show_progress(trainer, COLUMNS)
     return trainer
@@ -226,6 +294,37 @@ def train(run: GRPORun) -> None:
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, completion)
     arguments = arguments_of(run)
     checkpoint = open_folder(run, "grpo")
-    trainer = build(run, arguments, tokenizer, dataset)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    with managed_servers(run, arguments, dataset):
+        trainer = build(run, arguments, tokenizer, dataset)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except RolloutsLost as error:
+            raise RunStopped(f"{error}\n{save_before_stopping(trainer)}") from error
+        finally:
+            trainer.vllm_generation.engine.close()
+        trainer.save_model()
+
+
+@contextmanager
+def managed_servers(run: GRPORun, arguments: trl.GRPOConfig, dataset: Dataset) -> Iterator[None]:
+    """This run's own servers, if it has any. They come up while the trainer is built."""
+    own = run.rollout.engine == "vllm" and run.rollout.servers == "managed" and arguments.process_index == 0
+    if not own:
+        yield
+        return
+    tokens = max(dataset["prompt_length"]) + arguments.max_completion_length
+    dtype = computing_dtype(arguments, run.model.dtype)
+    servers = start_managed(run.rollout, model_path(run.model), dtype, tokens, servers_folder(run))
+    try:
+        yield
+    finally:
+        servers.stop()
+
+
+def save_before_stopping(trainer: GRPOTrainer) -> str:
+    """Save a checkpoint, unless nothing was learnt yet; says where it is."""
+    step = trainer.state.global_step
+    if step == 0:
+        return "No step was finished, so there is nothing to save."
+    trainer._save_checkpoint(trainer.model, trial=None)
+    return f"Step {step} is saved in {trainer.args.output_dir}; --resume goes on from there."

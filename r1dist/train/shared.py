@@ -1,12 +1,14 @@
 """What every trainer of this project decides about TRL's arguments."""
 
+import importlib.util
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..config import GRPORun, SFTRun
+from ..config import GRPORun, Lora, SFTRun
 from ..errors import UserError
 from ..files import claim
 from ..parse import as_tree
@@ -17,6 +19,28 @@ def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     bf16 = gpu and torch.cuda.is_bf16_supported()
     return {"use_cpu": not gpu, "bf16": bf16, "dataloader_pin_memory": gpu, **values}
+
+
+def computing_dtype(arguments: TrainingArguments, weights: str) -> str:
+    """What the trainer computes in, whatever its weights are kept in."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else weights
+
+
+def lora_config(lora: Lora | None) -> Any:
+    """PEFT's configuration of the adapters, or None; raises `UserError` where PEFT is not installed."""
+    if lora is None:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("model.lora: peft is not installed in this environment; `pip install -e '.[lora]'` adds it.")
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
 
 
 def trl_arguments(config_class: type, **values: Any) -> Any:

@@ -1,0 +1,42 @@
+"""vLLM servers for others to use: `python launch/serve.py --model.path MODEL --endpoints FILE [--replicas 2 ...]`.
+
+A flag that is not ours goes to vLLM as it is (`--max-num-seqs 512`).
+"""
+
+import asyncio
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from r1dist.config import ServeRun
+from r1dist.errors import UserError, run_cli
+from r1dist.logs import set_up_logging
+from r1dist.parse import parse, split_arguments
+
+
+def main(argv: list[str]) -> None:
+    ours, others = split_arguments(ServeRun, argv)
+    run = parse(ServeRun, ours)
+    run.arguments += others
+    from r1dist.rollout.servers.start import plan_serve, require_vllm
+
+    model, transport = plan_serve(run)
+    if run.dry_run:
+        from r1dist.rollout.servers.command import command
+
+        for _ in range(run.replicas):
+            print(shlex.join(command(run, model, transport, port=0)))
+        return
+    require_vllm()
+    path = Path(run.endpoints)
+    if path.exists():
+        raise UserError(f"--endpoints: {path} is there already; its servers may be running. Stop them, or remove it.")
+    from r1dist.rollout.servers.supervisor import Supervisor
+
+    set_up_logging(logging.INFO)
+    asyncio.run(Supervisor(run, model, transport, path).run())
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

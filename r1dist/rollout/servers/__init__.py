@@ -1,0 +1,1 @@
+"""vLLM servers: starting and keeping them, and asking them for rollouts."""

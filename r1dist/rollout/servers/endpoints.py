@@ -1,0 +1,88 @@
+"""The endpoints file: where the servers are, how they take weights, and the token that they ask for."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...config import Rollout
+from ...errors import UserError
+from ...files import write_json
+
+OWNER_ONLY = 0o600
+"""The file holds the token, and whoever has the token can run code in the servers."""
+
+
+@dataclass
+class Server:
+    """One server, as the last who looked after it saw it."""
+
+    name: str
+    url: str | None = None
+    state: Literal["starting", "ready", "failed"] = "starting"
+    """`failed`: it never came up, and is not tried again."""
+    starts: int = 0
+    pid: int | None = None
+    error: str | None = None
+    """Why it last went away."""
+
+
+@dataclass
+class Endpoints:
+    """All servers of one group. `transport` was fixed when they were started."""
+
+    servers: list[Server]
+    transport: str
+    token: str | None = None
+
+
+def write(path: Path, endpoints: Endpoints) -> None:
+    write_json(path, dataclasses.asdict(endpoints), mode=OWNER_ONLY)
+
+
+def read(path: Path) -> Endpoints:
+    """Raises `UserError` if there is no such file, or it is not an endpoints file."""
+    try:
+        tree = json.loads(path.read_text())
+        return Endpoints(**{**tree, "servers": [Server(**server) for server in tree["servers"]]})
+    except FileNotFoundError as error:
+        raise UserError(f"rollout.servers: there is no file {path}. launch/serve.py writes it.") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"rollout.servers: {path} is not an endpoints file of launch/serve.py ({error}).") from error
+
+
+class Roster:
+    """The servers of a run, as `rollout.servers` names them; a file is read again whenever it changes."""
+
+    def __init__(self, rollout: Rollout, managed: Path | None):
+        named = managed or Path(rollout.servers)
+        self._path = None if rollout.servers.startswith(("http://", "https://")) else named
+        self._seen: int | None = None
+        self._endpoints = None if self._path else _of_urls(rollout)
+
+    def read(self) -> Endpoints:
+        """Raises `UserError` as long as there has never been a file to read."""
+        if self._path is not None:
+            stamp = self._path.stat().st_mtime_ns if self._path.exists() else None
+            if stamp is None and self._endpoints is not None:
+                for server in self._endpoints.servers:
+                    server.state, server.error = "starting", f"{self._path} is gone"
+            elif self._endpoints is None or stamp != self._seen:
+                self._seen, self._endpoints = stamp, read(self._path)
+        return self._endpoints
+
+
+def _of_urls(rollout: Rollout) -> Endpoints:
+    urls = [url.strip().rstrip("/") for url in rollout.servers.split(",")]
+    token = None
+    if rollout.token_file is not None:
+        if not Path(rollout.token_file).is_file():
+            raise UserError(f"rollout.token_file: there is no file {rollout.token_file}.")
+        token = Path(rollout.token_file).read_text().strip()
+    if rollout.transport == "auto":
+        raise UserError(
+            "rollout.transport: `auto` cannot know how servers given by URL were started.\n"
+            "Set it to their --weight-transfer-config backend (shm, ipc or nccl), or give launch/serve.py's file."
+        )
+    return Endpoints([Server(url, url, "ready") for url in urls], rollout.transport, token)

@@ -1,0 +1,244 @@
+"""Starts vLLM servers, keeps them up, and takes them along when it ends.
+
+For the shell by `launch/serve.py`; for a run by `ManagedServers`, whose servers must not outlive it.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import aiohttp
+
+from ...config import Serve
+from ...errors import RunStopped
+from ...logs import set_up_logging
+from ..weights.scratch import sweep
+from .client import Client, ServerError
+from .command import command, environment
+from .endpoints import Endpoints, Server, write
+
+logger = logging.getLogger("r1dist.servers")
+
+ANY_HOST = "0.0.0.0"
+TICK = 0.5
+FIRST_STARTS = 2
+"""A server that has never come up is started this often: its port may have been taken in between."""
+STEADY_SECONDS = 60
+"""After so long without a fault a server's back-off begins anew."""
+REFUSING_SECONDS = 3
+"""A server that nobody listens for any more is on its way out, and may take a minute for that."""
+LONGEST_BACK_OFF = 30
+FAREWELL_SECONDS = 4
+
+
+class Replica:
+    """One server process and its record in the endpoints file."""
+
+    def __init__(self, number: int, folder: Path):
+        self.record = Server(f"server{number}")
+        self.number = number
+        self.log = folder / f"server{number}.log"
+        self.process: subprocess.Popen | None = None
+        self.was_up = False
+
+    def kill(self, signal_number: int) -> None:
+        """To the whole process group: vLLM's engine and workers are processes of their own."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal_number)
+
+    def last_words(self) -> str:
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if "Error" in line]
+        return (told or lines)[-1][-300:]
+
+
+class Supervisor:
+    """Keeps `serve.replicas` servers of `model` up, and the endpoints file true.
+
+    Args:
+        serve: The servers' configuration.
+        model: What they load at first.
+        transport: How they will be given weights.
+        path: The endpoints file; the servers' logs lie beside it.
+        owner: Process whose end is the servers' end, too; None if a person starts them.
+        scratch: Where the owner writes weights. What it left there is removed at the end: killed, it cannot.
+    """
+
+    def __init__(
+        self, serve: Serve, model: str, transport: str, path: Path, owner: int | None = None, scratch: str = ""
+    ):
+        self.serve = serve
+        self.model = model
+        self.path = path
+        self.owner = owner
+        self.scratch = scratch
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.replicas = [Replica(number, path.parent) for number in range(serve.replicas)]
+        self.endpoints = Endpoints([r.record for r in self.replicas], transport, secrets.token_urlsafe(32))
+
+    async def run(self) -> None:
+        """Until SIGTERM, SIGINT or the owner's end. Raises `RunStopped` if none of the servers can be started."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        self._publish()
+        async with aiohttp.ClientSession() as session:
+            keepers = [asyncio.create_task(self._keep(replica, session)) for replica in self.replicas]
+            try:
+                while not stop.is_set() and (self.owner is None or os.getppid() == self.owner):
+                    if all(keeper.done() for keeper in keepers):
+                        raise RunStopped("no server could be started. " + self._told())
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(stop.wait(), TICK)
+            finally:
+                for keeper in keepers:
+                    keeper.cancel()
+                self._end()
+        self.path.unlink()
+
+    async def _keep(self, replica: Replica, session: aiohttp.ClientSession) -> None:
+        """Start it, again and again with a growing pause; returns if it never comes up at all."""
+        record, faults = replica.record, 0
+        while True:
+            client = Client(session, self._start(replica), self.endpoints.token)
+            record.error = await self._coming_up(replica, client)
+            if record.error is None:
+                replica.was_up, record.state, up_since = True, "ready", time.monotonic()
+                self._publish()
+                logger.info("%s is up at %s", record.name, record.url)
+                record.error = await self._fault(replica, client)
+                faults = 0 if time.monotonic() - up_since > STEADY_SECONDS else faults
+            replica.kill(signal.SIGKILL)
+            replica.process.wait()
+            gives_up = not replica.was_up and record.starts >= FIRST_STARTS
+            record.state, record.pid = "failed" if gives_up else "starting", None
+            self._publish()
+            if gives_up:
+                return
+            logger.warning("%s is started again: %s", record.name, record.error)
+            await asyncio.sleep(min(LONGEST_BACK_OFF, 2**faults) if faults else 0)
+            faults += 1
+
+    def _start(self, replica: Replica) -> str:
+        """Start the process; gives its URL."""
+        record, port = replica.record, _free_port(self.serve.host)
+        words = command(self.serve, self.model, self.endpoints.transport, port)
+        variables = environment(self.serve, replica.number, self.endpoints.transport, self.endpoints.token, os.environ)
+        with replica.log.open("a") as log:
+            print(time.strftime("%H:%M:%S"), *words, file=log, flush=True)
+            replica.process = subprocess.Popen(
+                words, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        record.url = f"http://{socket.gethostname() if self.serve.host == ANY_HOST else self.serve.host}:{port}"
+        record.pid, record.starts = replica.process.pid, record.starts + 1
+        return record.url
+
+    async def _coming_up(self, replica: Replica, client: Client) -> str | None:
+        """None as soon as it answers, else what kept it from that."""
+        deadline = time.monotonic() + self.serve.start_timeout
+        while time.monotonic() < deadline:
+            if replica.process.poll() is not None:
+                return f"ended with code {replica.process.returncode}: {replica.last_words()}"
+            with suppress(ServerError):
+                await client.weight_version(timeout=5)
+                return None
+            await asyncio.sleep(TICK)
+        return f"not up after {self.serve.start_timeout:g} s: {replica.last_words()}"
+
+    async def _fault(self, replica: Replica, client: Client) -> str:
+        """Waits until the process ends, or does not answer for `hang_timeout` seconds."""
+        heard = time.monotonic()
+        while True:
+            if replica.process.poll() is not None:
+                return f"ended with code {replica.process.returncode}: {replica.last_words()}"
+            try:
+                await client.weight_version(timeout=5)
+                heard = time.monotonic()
+            except ServerError as error:
+                patience = REFUSING_SECONDS if error.kind == "unreachable" else self.serve.hang_timeout
+                if time.monotonic() - heard > patience:
+                    return f"did not answer for {patience:g} s ({error})"
+            await asyncio.sleep(TICK)
+
+    def _publish(self) -> None:
+        write(self.path, self.endpoints)
+
+    def _told(self) -> str:
+        return "; ".join(f"{r.record.name}: {r.record.error} ({r.log})" for r in self.replicas)
+
+    def _end(self) -> None:
+        for replica in self.replicas:
+            replica.kill(signal.SIGTERM)
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        for replica in self.replicas:
+            if replica.process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    replica.process.wait(max(0.0, deadline - time.monotonic()))
+            replica.kill(signal.SIGKILL)
+        if self.scratch:
+            sweep(Path(self.scratch))
+
+
+class ManagedServers:
+    """The supervisor of a run's own servers, as a child process of the run's first rank.
+
+    Args:
+        serve, model, transport: See `Supervisor`.
+        folder: Where the endpoints file and the logs are written.
+        scratch: See `Supervisor`.
+    """
+
+    def __init__(self, serve: Serve, model: str, transport: str, folder: Path, scratch: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = endpoints_path(folder)
+        self.path.unlink(missing_ok=True)  # of a run that was killed
+        wish = {
+            "serve": dataclasses.asdict(serve),
+            "model": model,
+            "transport": transport,
+            "path": str(self.path),
+            "owner": os.getpid(),
+            "scratch": scratch,
+        }
+        with (folder / "supervisor.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", __name__, json.dumps(wish)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def endpoints_path(folder: Path) -> Path:
+    return folder / "endpoints.json"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def main(wish: str) -> None:
+    """Run a supervisor from `ManagedServers`' JSON."""
+    values = json.loads(wish)
+    set_up_logging(logging.INFO)
+    supervisor = Supervisor(**{**values, "serve": Serve(**values["serve"]), "path": Path(values["path"])})
+    asyncio.run(supervisor.run())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

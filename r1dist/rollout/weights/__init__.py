@@ -1,0 +1,1 @@
+"""The policy's weights on their way to the servers: read from the trainer, carried by file or by GPU."""

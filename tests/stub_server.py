@@ -1,0 +1,77 @@
+"""A stand-in for a vLLM server that answers at once, and wrongly if told to. For what real servers will not do."""
+
+import asyncio
+import threading
+from collections import Counter
+
+from aiohttp import web
+
+LOGPROB = -1.0
+
+
+class StubServer:
+    """Speaks the part of vLLM's HTTP that the engine uses, in a thread of its own.
+
+    `misbehave(kind)` makes every completion after it wrong: an HTTP status as text, `garbage`, `empty`,
+    `choices`, `nan`, `hang`; None makes it right again.
+    """
+
+    def __init__(self, tokens: int = 4):
+        self.tokens = tokens
+        self.version = "default"
+        self.wrong: str | None = None
+        self.asked: Counter[str] = Counter()
+        self.seeds: list[int] = []
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+
+    def misbehave(self, kind: str | None) -> None:
+        self.wrong = kind
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _start(self) -> str:
+        app = web.Application()
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_get("/weight_info", self._info)
+        app.router.add_post("/{control}", self._control)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        return f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.version})
+
+    async def _control(self, request: web.Request) -> web.Response:
+        name = request.match_info["control"]
+        self.asked[name] += 1
+        if name == "update_weight_version":
+            self.version = (await request.json())["new_version"]
+        return web.json_response({"success": True})
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if "prompt_logprobs" in body:
+            positions = [None, *({str(token): {"logprob": LOGPROB}} for token in body["prompt"][1:])]
+            return web.json_response({"choices": [{"prompt_logprobs": positions}]})
+        self.asked["completions"] += 1
+        if self.wrong is None:
+            self.seeds += range(body["seed"], body["seed"] + body["n"])
+        elif self.wrong.isdigit():
+            return web.json_response({"error": "no"}, status=int(self.wrong))
+        elif self.wrong == "garbage":
+            return web.Response(text="<html>bad gateway</html>")
+        elif self.wrong == "hang":
+            await asyncio.sleep(3600)
+        choices = [self._choice(index, body) for index in range(body["n"])]
+        return web.json_response({"choices": choices[1:] if self.wrong == "choices" else choices})
+
+    def _choice(self, index: int, body: dict) -> dict:
+        ids = [] if self.wrong == "empty" else [5 + (body["seed"] + index) % 7] * min(self.tokens, body["max_tokens"])
+        logprobs = [None if self.wrong == "nan" else LOGPROB] * len(ids)
+        return {"index": index, "token_ids": ids, "finish_reason": "stop", "logprobs": {"token_logprobs": logprobs}}
