@@ -29,6 +29,11 @@ class Completion:
     finish_reason: str
 
 
+def open_session() -> aiohttp.ClientSession:
+    """As many connections as there are requests, none used twice: a server may close an idle one at any moment."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+
 class Client:
     """Asks one server. Every method raises `ServerError`, and takes its seconds as `timeout`."""
 

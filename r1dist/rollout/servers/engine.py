@@ -19,7 +19,7 @@ import aiohttp
 from ...config import Rollout as RolloutSettings
 from ..protocol import Request, Rollout, RolloutsLost, Sampling
 from ..weights.transports import Transport
-from .client import Client, Completion, ServerError
+from .client import Client, Completion, ServerError, open_session
 from .dispatch import Dispatcher, Group, Lane, groups_of
 from .endpoints import Roster
 
@@ -298,4 +298,4 @@ class ServerEngine:
 
 
 async def _open_session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    return open_session()  # which wants to be called inside the loop

@@ -23,7 +23,7 @@ from ...config import Serve
 from ...errors import RunStopped
 from ...logs import set_up_logging
 from ..weights.scratch import sweep
-from .client import Client, ServerError
+from .client import Client, ServerError, open_session
 from .command import command, environment
 from .endpoints import Endpoints, Server, write
 
@@ -93,7 +93,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         self._publish()
-        async with aiohttp.ClientSession() as session:
+        async with open_session() as session:
             keepers = [asyncio.create_task(self._keep(replica, session)) for replica in self.replicas]
             try:
                 while not stop.is_set() and (self.owner is None or os.getppid() == self.owner):
