@@ -146,6 +146,8 @@ class Rollout:
     """Samples that each rank asks of one server at a time."""
     request_timeout: float = Field(default=600, gt=0)
     """Seconds for one prompt's completions, after which another server is asked."""
+    sync_timeout: float = Field(default=120, gt=0)
+    """Seconds for each call by which a server takes new weights."""
     health_timeout: float = Field(default=20, gt=0)
     """Seconds in which a server must give a sign of life while it generates."""
     timeout: float = Field(default=300, gt=0)

@@ -136,7 +136,7 @@ def test_a_server_that_comes_back_is_tried_with_one_group_before_it_is_trusted(m
         return answer(group)
 
     async def run():
-        dispatcher, places = Dispatcher(pool, ask, 4, 5, Counter()), []
+        dispatcher, places = Dispatcher(pool, ask, 64, 5, Counter()), []
         async for group, _ in dispatcher.run(groups_of(requests(200, 1)), VERSION):
             places += group.places
             if failed_once and pool["shaky"].version is None:

@@ -77,6 +77,7 @@ class _EngineBackend:
             taken.update(self.engine.stream(requests, self.trainer.sampling))
         except RolloutsLost as error:
             lost = str(error)
+        self.trainer.note_memory("generate")
         outcomes = gather_object([(lost, self.engine.metrics())])
         self.engine.rest()
         reasons = [reason for reason, _ in outcomes if reason is not None]
@@ -98,6 +99,7 @@ class _ClockCallback(TrainerCallback):
         clock = self.trainer.clock
         if clock.running("train"):
             clock.stop("train")
+        self.trainer.note_memory("train")
         for phase, seconds in clock.take().items():
             self.trainer._metrics["train"][f"seconds/{phase}"].append(seconds)
 
@@ -134,6 +136,12 @@ class GRPOTrainer(trl.GRPOTrainer):
             # It samples from the trained module itself: there is nothing to correct.
             self.vllm_importance_sampling_correction = False
         self.add_callback(_ClockCallback(self))
+
+    def note_memory(self, phase: str) -> None:
+        """Log the GiB in use on this GPU at the end of `phase`, by all processes: allocators keep their peak."""
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            self._metrics["train"][f"memory/{phase}"].append((total - free) / 2**30)
 
     @torch.no_grad()
     def score(self, tokens: list[int]) -> list[float]:

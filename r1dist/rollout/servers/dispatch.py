@@ -150,7 +150,8 @@ class Dispatcher:
             return lane.in_flight == 0 or lane.in_flight + samples <= most
 
         fitting = [lane for lane in self.lanes.values() if lane.ready(version) and has_room(lane)]
-        return min(fitting, key=lambda lane: (not lane.trusted, lane.in_flight), default=None)
+        # One group at a time goes to a server on trial, however much room the others have: else it would stay there.
+        return min(fitting, key=lambda lane: (lane.trusted, lane.in_flight), default=None)
 
     def _outcome(self, task: asyncio.Task, lane: Lane) -> list[Completion] | None:
         if task.cancelled():  # by `Lane.failed`

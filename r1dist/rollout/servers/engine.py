@@ -164,7 +164,8 @@ class ServerEngine:
         return self.policy.probe
 
     async def _give(self, lane: Lane) -> None:
-        await self.transport.give(lane.client, self._label, self.settings.request_timeout, self._generating)
+        await lane.client.weight_version(self.settings.health_timeout)  # a hung one is found out sooner by this
+        await self.transport.give(lane.client, self._label, self.settings.sync_timeout, self._generating)
         lane.version = self._label
 
     async def _check_all(self) -> None:

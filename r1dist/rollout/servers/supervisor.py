@@ -57,6 +57,11 @@ class Replica:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal_number)
 
+    def ending(self) -> str:
+        """How the process ended."""
+        code = self.process.returncode
+        return f"killed by signal {-code}" if code < 0 else f"ended with code {code}: {self.last_words()}"
+
     def last_words(self) -> str:
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if "Error" in line]
@@ -149,7 +154,7 @@ class Supervisor:
         deadline = time.monotonic() + self.serve.start_timeout
         while time.monotonic() < deadline:
             if replica.process.poll() is not None:
-                return f"ended with code {replica.process.returncode}: {replica.last_words()}"
+                return replica.ending()
             with suppress(ServerError):
                 await client.weight_version(timeout=5)
                 return None
@@ -161,7 +166,7 @@ class Supervisor:
         heard = time.monotonic()
         while True:
             if replica.process.poll() is not None:
-                return f"ended with code {replica.process.returncode}: {replica.last_words()}"
+                return replica.ending()
             try:
                 await client.weight_version(timeout=5)
                 heard = time.monotonic()

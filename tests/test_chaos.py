@@ -1,0 +1,179 @@
+"""Whole runs with real servers that are killed, stopped and taken away while it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SMALL_GRPO, write_yaml
+
+from r1dist.rollout.servers.endpoints import Server, read
+
+pytest.importorskip("vllm")
+
+ZERO2 = ("--config_file", "configs/accelerate/zero2_cpu.yaml")
+ZERO3 = ("--config_file", "configs/accelerate/zero3_cpu.yaml")
+ONE = ("--config_file", "configs/accelerate/cpu.yaml")
+
+
+class Run:
+    """A GRPO run with managed servers, in the background."""
+
+    def __init__(self, folder: Path, accelerate: tuple[str, ...], replicas: int, **settings):
+        self.folder = folder / "run"
+        self.weights = folder / "weights"
+        rollout = {"engine": "vllm", "weights_folder": str(self.weights), "serve": {"replicas": replicas}}
+        rollout |= settings.pop("rollout", {})
+        tree = {**SMALL_GRPO, "output_dir": str(self.folder), "rollout": rollout, **settings}
+        config = write_yaml(folder / "run.yaml", tree)
+        words = [sys.executable, "-m", "accelerate.commands.launch", *accelerate, "launch/grpo.py", "--config", config]
+        self.output = (folder / "output.txt").open("w+")
+        self.process = subprocess.Popen(
+            words, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def metrics(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in map(json.loads, lines) if "train_runtime" not in line]
+
+    def trace(self) -> list[dict]:
+        files = (self.folder / "traces").glob("rank*.jsonl")
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def server(self, number: int) -> Server:
+        return read(self.folder / "servers" / "endpoints.json").servers[number]
+
+    def signal(self, number: int, *signals: int) -> None:
+        """To a server and all its processes; several signals have a second between them."""
+        for index, sent in enumerate(signals):
+            time.sleep(1 if index else 0)
+            os.killpg(self.server(number).pid, sent)
+
+    def wait_for(self, what: Callable[[], bool], seconds: float) -> float:
+        """The seconds it took."""
+        began = time.monotonic()
+        while not what():
+            assert self.process.poll() is None, self.told()
+            assert time.monotonic() - began < seconds, self.told()
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    def wait_for_steps(self, more: int, seconds: float = 120) -> None:
+        wanted = len(self.metrics()) + more
+        self.wait_for(lambda: len(self.metrics()) >= wanted, seconds)
+
+    def told(self) -> str:
+        self.output.flush()
+        return Path(self.output.name).read_text()[-6000:]
+
+    def end(self) -> None:
+        family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        for process in family:  # torchrun's workers have sessions of their own
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    runs = []
+
+    def start(*arguments, **settings) -> Run:
+        runs.append(Run(tmp_path, *arguments, **settings))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()
+
+
+def in_use(run: Run) -> float:
+    return run.metrics()[-1]["rollout/servers"]
+
+
+def test_a_run_outlives_its_servers_deaths(run_of):
+    settings = {"health_timeout": 4, "request_timeout": 30, "sync_timeout": 15}
+    run = run_of(ZERO2, 2, rollout=settings, per_device_train_batch_size=32, max_steps=500)
+    run.wait_for(lambda: len(run.metrics()) >= 3 and in_use(run) == 2, 200)
+
+    # In the middle of a generation: the server has the new weights, and holds still with what it was asked for.
+    published = lambda: max(run.weights.glob("*/*-*[0-9]"), key=lambda p: p.stat().st_mtime, default=None)  # noqa: E731
+    former = published()
+    run.wait_for(lambda: published() not in (None, former), 60)
+    time.sleep(0.5)
+    run.signal(0, signal.SIGSTOP, signal.SIGKILL)
+    killed = time.monotonic()
+    run.wait_for_steps(3)
+    assert in_use(run) == 1
+    run.wait_for(lambda: in_use(run) == 2, 240)
+    generation_recovery = time.monotonic() - killed
+
+    # In the middle of a sync: the weights are being written, and it never answers that it has them.
+    run.wait_for(lambda: any(run.weights.glob("*/*.partial")), 60)
+    run.signal(1, signal.SIGSTOP, signal.SIGKILL)
+    killed = time.monotonic()
+    run.wait_for_steps(3)
+    run.wait_for(lambda: in_use(run) == 2, 240)
+    sync_recovery = time.monotonic() - killed
+
+    # Hung: it neither answers nor hangs up.
+    run.signal(0, signal.SIGSTOP)
+    run.wait_for_steps(4)
+    assert in_use(run) == 1
+    os.killpg(run.server(0).pid, signal.SIGCONT)
+    run.wait_for(lambda: in_use(run) == 2, 60)
+
+    run.wait_for_steps(1)
+    steps = run.metrics()
+    run.end()
+    print(f"back in use after {generation_recovery:.0f} s and {sync_recovery:.0f} s; {len(steps)} steps")
+    assert all(0 <= line["rollout/logp_diff"] < 0.02 for line in steps)
+    assert sum(line.get("rollout/resent", 0) for line in steps) >= 2
+    assert any(line.get("rollout/errors/late", 0) for line in steps)
+    rows = [row for row in run.trace() if row["step"] < len(steps)]
+    assert len(rows) == 64 * len(steps)
+    assert len({(row["step"], row["prompt_id"], row["sample_index"]) for row in rows}) == len(rows)
+    assert all(row["policy_version"] == row["step"] for row in rows)
+
+
+def test_without_any_server_the_run_is_saved_and_says_why(run_of):
+    settings = {"timeout": 8, "health_timeout": 4}
+    run = run_of(ZERO3, 2, rollout=settings, per_device_train_batch_size=16, max_steps=500)
+    run.wait_for(lambda: len(run.metrics()) >= 3, 200)
+    assert all(0 <= line["rollout/logp_diff"] < 0.02 for line in run.metrics())
+    run.signal(0, signal.SIGKILL)
+    run.signal(1, signal.SIGKILL)
+    killed = time.monotonic()
+    assert run.process.wait(60) != 0
+    assert time.monotonic() - killed < 45
+    told = run.told()
+    assert "stopped: no server could be used for 8 s (rollout.timeout). server0: " in told and "; server1: " in told
+    assert "--resume goes on from there" in told
+    step = len(run.metrics())
+    assert (run.folder / f"checkpoint-{step}" / "trainer_state.json").exists()
+
+
+def test_servers_do_not_outlive_their_run_and_adapters_reach_them(run_of):
+    lora = {"model": {"path": "tiny", "lora": {"r": 4, "alpha": 16}}, "learning_rate": 1e-2}
+    run = run_of(ONE, 1, per_device_train_batch_size=16, max_steps=500, **lora)
+    run.wait_for(lambda: len(run.metrics()) >= 4, 200)
+    assert all(0 <= line["rollout/logp_diff"] < 1e-3 for line in run.metrics())
+    server = psutil.Process(run.server(0).pid)
+    supervisor = server.parent()
+    family = [supervisor, *supervisor.children(recursive=True)]
+    assert len(family) >= 3
+    trainer = supervisor.parent()
+    assert "launch/grpo.py" in " ".join(trainer.cmdline())
+    os.kill(trainer.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not list(run.weights.iterdir())
