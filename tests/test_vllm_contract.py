@@ -46,7 +46,7 @@ def test_a_server_draws_sample_i_with_the_seed_plus_i():
     from vllm import SamplingParams
     from vllm.v1.engine.parallel_sampling import ParentRequest
 
-    asked = SimpleNamespace(request_id="a", external_req_id="b", sampling_params=SamplingParams(n=3, seed=41))
+    asked = SimpleNamespace(request_id="a", external_req_id="b", params=SamplingParams(n=3, seed=41))
     parent = ParentRequest(asked)
     assert [parent.get_child_info(index)[1].seed for index in range(3)] == [41, 42, 43]
 
@@ -114,6 +114,7 @@ def test_each_server_gets_an_engine_of_its_own_and_a_lost_one_is_forgotten(sourc
 
 
 def test_the_engines_are_the_ones_that_were_read():
-    assert {"packed", "packed_buffer_size_bytes", "rank"} == set(ipc_engine.IPCTrainerInitInfo.__dataclass_fields__)
+    fields = ipc_engine.IPCTrainerInitInfo.__dataclass_fields__
+    assert {"packed", "rank"} <= fields.keys()
     fields = nccl_engine.NCCLTrainerInitInfo.__dataclass_fields__
     assert {"master_address", "master_port", "world_size", "packed", "rank"} <= fields.keys()
