@@ -85,6 +85,7 @@ def engine_over(rollout: Rollout, managed: Path | None, model, folder: Path, sto
 
 
 def throughput(folder: Path, model, rounds: int) -> dict:
+    os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # stdout is for the result
     from vllm import LLM, SamplingParams
 
     rollout = Rollout(engine="vllm", max_logp_diff=1e9, serve=Serve(dtype="float32", max_model_len=512))
