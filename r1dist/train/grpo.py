@@ -311,6 +311,8 @@ def train(run: GRPORun) -> None:
         finally:
             trainer.vllm_generation.engine.close()
         trainer.save_model()
+    # Ranks that end one before the other, their process group still open, abort now and then.
+    trainer.accelerator.end_training()
 
 
 @contextmanager

@@ -32,3 +32,4 @@ def train(run: SFTRun) -> None:
     show_progress(trainer, COLUMNS)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    trainer.accelerator.end_training()  # as in grpo.py
