@@ -23,11 +23,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
 from r1dist.rollout.protocol import Request, Sampling, generate, sample_seed
-from r1dist.rollout.servers.endpoints import Roster
 from r1dist.rollout.servers.engine import Policy, ServerEngine
-from r1dist.rollout.servers.start import start_managed
+from r1dist.rollout.servers.start import connect, start_managed
 from r1dist.rollout.weights.source import WeightSource
-from r1dist.rollout.weights.transports import FileTransport
 from r1dist.tiny import BASE_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,13 +73,12 @@ def requests(step: int, prompts: int, samples: int) -> list[Request]:
     return [Request(ids[p], p, i, sample_seed(0, step, p, i)) for p in range(prompts) for i in range(samples)]
 
 
-def engine_over(rollout: Rollout, managed: Path | None, model, folder: Path, stops: list[int]) -> ServerEngine:
+def engine_over(rollout: Rollout, model, folder: Path, stops: list[int]) -> ServerEngine:
     policy = Policy(
         lambda tokens: [0.0] * (len(tokens) - 1), probe=[20, 21], probe_tokens=0, stop_ids=stops, rank=0,
         share=lambda value: value,
     )  # fmt: skip
-    transport = FileTransport(WeightSource(model, torch.float32), folder / "weights", writes=True)
-    return ServerEngine(rollout, Roster(rollout, managed), transport, policy)
+    return connect(rollout, folder / "servers", WeightSource(model, torch.float32), policy, world_size=1)
 
 
 def throughput(folder: Path, model, rounds: int) -> dict:
@@ -94,13 +91,11 @@ def throughput(folder: Path, model, rounds: int) -> dict:
         str(folder / "model"), dtype="float32", enforce_eager=True, max_model_len=512, max_logprobs=-1,
         kv_cache_memory_bytes=2**30, logprobs_mode="processed_logprobs", enable_chunked_prefill=False,
     )  # fmt: skip
-    while not servers.path.exists():
-        time.sleep(0.1)
     found, speeds = {}, {}
     try:
         for metric, (most, ends) in LENGTHS.items():
             stops = list(range(300, 300 + ends))
-            engine = engine_over(rollout, servers.path, model, folder, stops)
+            engine = engine_over(rollout, model, folder, stops)
             engine.sync_weights(0)
             ours, theirs, lengths = [], [], []
             for step in range(rounds + 1):
@@ -138,7 +133,7 @@ def overhead(folder: Path, model, speed: float) -> dict:
     try:
         url = stub.stdout.readline().strip()
         rollout = Rollout(engine="vllm", servers=url, transport="shm", max_logp_diff=1e9, in_flight=OVERHEAD_SAMPLES)
-        engine = engine_over(rollout, None, model, folder, [])
+        engine = engine_over(rollout, model, folder, [])
         engine.sync_weights(0)
         seconds, cpu, memory = [], [], []
         process = psutil.Process()

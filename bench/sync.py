@@ -22,11 +22,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
 from r1dist.rollout.protocol import Request, Sampling, generate, sample_seed
-from r1dist.rollout.servers.endpoints import Roster
 from r1dist.rollout.servers.engine import Policy, ServerEngine
-from r1dist.rollout.servers.start import start_managed
+from r1dist.rollout.servers.start import connect, start_managed
 from r1dist.rollout.weights.source import WeightSource
-from r1dist.rollout.weights.transports import FileTransport
 from r1dist.tiny import BASE_DIR
 
 # Name -> (vocabulary, hidden, intermediate, layers, heads, key-value heads); the last is Qwen2.5-0.5B's shape.
@@ -60,8 +58,6 @@ def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
     model = random_model(size, folder / "model")
     rollout = Rollout(engine="vllm", max_logp_diff=1e9, serve=Serve(dtype="bfloat16", max_model_len=256))
     servers = start_managed(rollout, str(folder / "model"), "bfloat16", 256, folder / "servers")
-    while not servers.path.exists():
-        time.sleep(0.1)
 
     def score(tokens: list[int]) -> list[float]:
         with torch.no_grad():
@@ -69,8 +65,7 @@ def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
         return logprobs.gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1).tolist()
 
     policy = Policy(score, probe=list(range(20, 40)), probe_tokens=16, stop_ids=[], rank=0, share=lambda v: v)
-    transport = FileTransport(WeightSource(model, torch.bfloat16), Path(rollout.weights_folder), writes=True)
-    engine = ServerEngine(rollout, Roster(rollout, servers.path), transport, policy)
+    engine = connect(rollout, folder / "servers", WeightSource(model, torch.bfloat16), policy, world_size=1)
     try:
         seconds = [timed(lambda step=step: engine.sync_weights(step)) for step in range(rounds + 1)][1:]
         found = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": statistics.median(seconds)}

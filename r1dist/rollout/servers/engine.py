@@ -112,10 +112,9 @@ class ServerEngine:
 
     def rest(self) -> None:
         self._generating = False
-        if not self.first:
+        if self.settings.sleep or not self.first:
             self._stop_keeper()
         if self.settings.sleep and self.first:
-            self._stop_keeper()
             self._wait(self._tell_all("/sleep?level=1"))
         self._asleep = self.settings.sleep
 
@@ -231,11 +230,11 @@ class ServerEngine:
         endpoints = self.roster.read()
         for server in endpoints.servers:
             lane = self.lanes.setdefault(server.name, Lane(server.name))
-            lane.last_error = server.error or lane.last_error
             if server.state != "ready":
                 if lane.client is not None:
                     lane.failed(ServerError("gone", server.error or server.state))
                 lane.client = None
+                lane.last_error = server.error or lane.last_error
             elif lane.client is None or lane.client.url != server.url:
                 lane.client = Client(self._session, server.url, endpoints.token)
                 lane.version, lane.not_before = None, 0.0

@@ -22,6 +22,7 @@ import aiohttp
 from ...config import Serve
 from ...errors import RunStopped
 from ...logs import set_up_logging
+from ..ports import free_port
 from ..weights.scratch import sweep
 from .client import Client, ServerError, open_session
 from .command import command, environment
@@ -137,7 +138,7 @@ class Supervisor:
 
     def _start(self, replica: Replica) -> str:
         """Start the process; gives its URL."""
-        record, port = replica.record, _free_port(self.serve.host)
+        record, port = replica.record, free_port(self.serve.host)
         words = command(self.serve, self.model, self.endpoints.transport, port)
         variables = environment(self.serve, replica.number, self.endpoints.transport, self.endpoints.token, os.environ)
         with replica.log.open("a") as log:
@@ -229,12 +230,6 @@ class ManagedServers:
 
 def endpoints_path(folder: Path) -> Path:
     return folder / "endpoints.json"
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def main(wish: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from ..ports import free_port
 from ..servers.client import Client, ServerError
 from .files import write_folder
 from .scratch import own_folder, sweep
@@ -148,7 +149,7 @@ class GPUTransport:
         control = None if client is None else SyncClient(client)
         workers = self.share(None if control is None else control.world_size())
         address = self.share(None if client is None else _address_towards(client.url))
-        port = self.share(None if client is None else _free_port())
+        port = self.share(None if client is None else free_port())
         info = init_info(self.backend, self.rank, address, port, 1 + workers)
         return WeightTransferTrainerFactory.trainer_init(info, client=control, source=VLLMSource(self.source))
 
@@ -159,9 +160,3 @@ def _address_towards(url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port))  # sends nothing
         return probe.getsockname()[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
