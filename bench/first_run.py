@@ -1,6 +1,6 @@
-"""The demo, measured: `python bench/first_run.py [--seed N]`.
+"""The first run (`make demo-quick`), measured: `python bench/first_run.py [--seed N]`.
 
-Runs the demo's pipeline in a fresh folder and reports its minutes, the peak memory of all its processes
+Runs its stages in a fresh folder and reports its minutes, the peak memory of all its processes
 together, the gain in greedy accuracy, and the seconds per phase of an RL step from the trainer's own clock.
 Alternates nothing: there is one variant. Progress goes to stderr, one JSON object to stdout.
 """
@@ -29,7 +29,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         refusal = statistics.median(refusal_seconds(Path(folder)) for _ in range(3))
         output = Path(folder) / "run"
-        command = ["launch/pipeline.py", "--config", PIPELINE, "--seed", str(seed), "--output_dir", str(output)]
+        command = ["launch/pipeline.py", "--config", PIPELINE, "--until", "r1_zero"]
+        command += ["--seed", str(seed), "--output_dir", str(output)]
         minutes, peak = run_and_watch([sys.executable, *command])
         summary = json.loads((output / "summary.json").read_text())
         steps = [json.loads(line) for line in (output / "r1_zero" / "metrics.jsonl").read_text().splitlines()]

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
+from r1dist.process import set_up_process
 from r1dist.rollout.protocol import Request, Sampling, generate, sample_seed
 from r1dist.rollout.servers.engine import Policy, ServerEngine
 from r1dist.rollout.servers.start import connect, start_managed
@@ -36,6 +37,7 @@ OVERHEAD_SAMPLES, MEMORY_STEPS = 2048, 200
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
@@ -86,7 +88,7 @@ def throughput(folder: Path, model, rounds: int) -> dict:
     from vllm import LLM, SamplingParams
 
     rollout = Rollout(engine="vllm", max_logp_diff=1e9, serve=Serve(dtype="float32", max_model_len=512))
-    servers = start_managed(rollout, str(folder / "model"), "float32", 512, folder / "servers")
+    servers = start_managed(rollout, str(folder / "model"), "float32", 512, folder / "servers", trainers=1)
     llm = LLM(
         str(folder / "model"), dtype="float32", enforce_eager=True, max_model_len=512, max_logprobs=-1,
         kv_cache_memory_bytes=2**30, logprobs_mode="processed_logprobs", enable_chunked_prefill=False,

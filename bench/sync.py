@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
+from r1dist.process import set_up_process
 from r1dist.rollout.protocol import Request, Sampling, generate, sample_seed
 from r1dist.rollout.servers.engine import Policy, ServerEngine
 from r1dist.rollout.servers.start import connect, start_managed
@@ -38,6 +39,7 @@ PROMPTS, SAMPLES, LENGTH = 8, 8, 64
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
@@ -57,7 +59,7 @@ def main() -> None:
 def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
     model = random_model(size, folder / "model")
     rollout = Rollout(engine="vllm", max_logp_diff=1e9, serve=Serve(dtype="bfloat16", max_model_len=256))
-    servers = start_managed(rollout, str(folder / "model"), "bfloat16", 256, folder / "servers")
+    servers = start_managed(rollout, str(folder / "model"), "bfloat16", 256, folder / "servers", trainers=1)
 
     def score(tokens: list[int]) -> list[float]:
         with torch.no_grad():

@@ -5,9 +5,9 @@ under TRL's names. Ours stand in the sections below (`model`, `data`, `rewards`,
 the file, applies the command line, and builds one of the `*Run` classes.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -48,15 +48,17 @@ class Source:
     """One place that rows come from, and the names of its columns."""
 
     path: str
-    """A hub id, a local folder, a `.jsonl`, `.json` or `.parquet` file, or `tiny` for generated problems."""
+    """A hub id, a local folder, a `.jsonl`, `.json` or `.parquet` file, or one of the generated sources: `tiny`
+    (problems), `tiny_talk`, `tiny_unsafe` (requests), `tiny_pairs`, `tiny_judged` (for reward models)."""
     subset: str | None = None
     """The configuration of a hub dataset (GSM8K's `main`)."""
     split: str = "train"
-    """The split of a hub dataset; of `tiny`, `train` or `test`."""
+    """The split of a hub dataset; of generated sources, `train` or `test`."""
     problem: str | None = None
     """Column with the question as plain text."""
     answer: str | None = None
-    """Column with the gold answer, in the form that `answer_format` names."""
+    """Column with the gold answer, in the form that `answer_format` names. Rows of another kind than `math` may
+    go without."""
     answer_format: Literal["plain", "hashes", "boxed"] = "plain"
     """`plain`: the column is the answer. `hashes`: it follows `####` (GSM8K). `boxed`: the last `\\boxed{}`."""
     conversation: str | None = None
@@ -65,6 +67,12 @@ class Source:
     """Column with the completion as plain text (SFT), if there is no `conversation`."""
     completion_format: Literal["plain", "stratos"] = "plain"
     """`stratos`: Bespoke-Stratos' thought and solution marks become `<think>` and `<answer>` tags."""
+    chosen: str | None = None
+    """Column with the better reply (pairwise reward models)."""
+    rejected: str | None = None
+    """Column with the worse reply."""
+    label: str | None = None
+    """Column with 1 for a good response and 0 for a bad one (pointwise reward models), which `completion` holds."""
     system: str | None = None
     """Column with a system prompt. Ignored for the templates that bring their own."""
     kind: str = "math"
@@ -72,7 +80,7 @@ class Source:
     limit: PositiveInt | None = None
     """Take only the first rows. For `tiny`, the number of problems to generate."""
     seed: int = 0
-    """Seed of the `tiny` problems."""
+    """Seed of generated rows."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -159,6 +167,26 @@ class Rollout:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class Reward:
+    """One reward of the sum. In the YAML a bare number is its weight."""
+
+    weight: float = 1.0
+    """What its score is multiplied by."""
+    kinds: list[str] | None = None
+    """Only for rows of these kinds (`data.sources.N.kind`); other rows go without it. Unset: for all."""
+    from_step: int = Field(default=0, ge=0)
+    """Optimizer steps before which it is left out."""
+    target: Literal["en", "zh"] = "en"
+    """`language`: the language that is asked for."""
+    model: str | None = None
+    """`helpfulness`, `safety`: the folder of the reward model (launch/reward_model.py)."""
+
+
+def _weighted(value: Any) -> Any:
+    return value if isinstance(value, dict | Reward) else {"weight": value}
+
+
+@dataclass(config=STRICT, kw_only=True)
 class Train:
     """What the trainer does beyond TRL's fields."""
 
@@ -182,13 +210,104 @@ class Sampling:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class Prompting:
+    """How a model is asked for samples, beyond the template."""
+
+    examples: str | None = None
+    """A `.jsonl` file with `problem` and `completion`, shown as earlier turns (few-shot prompting)."""
+    shots: PositiveInt = 2
+    """How many of the examples."""
+    instruction: str | None = None
+    """Words that follow the question, on a line of their own (direct prompting)."""
+    prefill: str = ""
+    """The beginning of the reply, which the model goes on from. It is part of the sample."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Refine:
+    """How a sample is rewritten before it is judged: its reasoning, then its summary, inside the tags.
+
+    Text outside the tags is dropped. A sample without both parts is left as it is.
+    """
+
+    filler: list[str] = Field(default_factory=list)
+    """Regular expressions; what they match is taken out of the reasoning."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Filters:
+    """What a sample must be to be kept. `null` switches a bound off."""
+
+    correct: bool = True
+    """The final answer is right."""
+    format: bool = True
+    """Reasoning and answer inside their tags, and nothing else."""
+    finished: bool = True
+    """It ended by itself, not at `max_tokens`."""
+    language: Literal["en", "zh"] | None = "en"
+    """The language of its words."""
+    min_language_share: float = Field(default=0.95, ge=0, le=1)
+    """Least share of words in that language."""
+    min_tokens: PositiveInt | None = None
+    """Shorter samples are dropped: too little reasoning to learn from."""
+    max_tokens: PositiveInt | None = None
+    """Longer ones, too: rambling."""
+    max_paragraph: PositiveInt | None = None
+    """Characters that a paragraph may have."""
+    max_repetition: float | None = Field(default=0.3, ge=0, le=1)
+    """Largest share of 8-grams of words that were there before."""
+    code_blocks: bool = False
+    """Keep samples with code blocks."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Way:
+    """One way to come by samples: a model, prompts, and how it is asked."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    """What the samples' provenance calls it."""
+    model: Model
+    data: Data
+    prompting: Prompting = Field(default_factory=Prompting)
+    sampling: Sampling = Field(default_factory=Sampling)
+    refine: Refine | None = None
+    """Rewrite the samples first."""
+    per_prompt: PositiveInt = 1
+    """Rows that one prompt may give."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Largest share of `rows` that may come this way."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SampleRun:
+    """`launch/sample.py`: samples drawn, verified, filtered, and written as a dataset."""
+
+    output_dir: str
+    ways: list[Way] = Field(min_length=1)
+    """Where samples come from."""
+    filters: Filters = Field(default_factory=Filters)
+    """Which of them are kept."""
+    rows: PositiveInt | None = None
+    """Rows wanted of all ways together. Unset: as many as there are."""
+    mix: list[Source] = Field(default_factory=list)
+    """Further rows that are taken as they are (the report's non-reasoning data)."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    seed: int = 0
+    """Seed of the samples."""
+    dry_run: bool = False
+    """Print the resolved configuration and the memory it needs, and stop."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class GRPORun:
     """`launch/grpo.py`: reinforcement learning with rule rewards."""
 
     model: Model
     data: Data
-    rewards: dict[str, float] = Field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0}, min_length=1)
-    """Reward name -> weight."""
+    rewards: dict[str, Annotated[Reward, BeforeValidator(_weighted)]] = Field(
+        default_factory=lambda: {"accuracy": Reward(), "format": Reward()}, min_length=1
+    )
+    """Reward name -> weight, or `Reward`'s fields."""
     rollout: Rollout = Field(default_factory=Rollout)
     train: Train = Field(default_factory=Train)
     resume: bool = False
@@ -214,12 +333,49 @@ class SFTRun:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class RewardModelRun:
+    """`launch/reward_model.py`: a model that scores replies."""
+
+    model: Model
+    learns_from: Literal["pairs", "labels"]
+    """`pairs`: a better and a worse reply (Bradley-Terry). `labels`: good or bad, one by one (cross-entropy)."""
+    sources: list[Source] = Field(min_length=1)
+    """Where the rows come from."""
+    holdout: list[Source] = Field(default_factory=list)
+    """Rows that it is not trained on; how often it is right on them is measured at the end."""
+    resume: bool = False
+    """Go on from the newest checkpoint of `output_dir`, which then may and must hold this run."""
+    dry_run: bool = False
+    """Print the resolved configuration and the memory it needs, and stop."""
+    trl: dict[str, Any] = Field(default_factory=dict)
+    """The `RewardConfig` fields of the YAML's top level."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Requests:
+    """General requests: who is helped, who is declined."""
+
+    sources: list[Source] = Field(min_length=1)
+    """Rows of kind `unsafe` should be declined, all others answered."""
+    declines: str = r"\b(?:cannot|can't|can not|won't|unable to) (?:help|assist)\b"
+    """Regular expression by which a reply is known to decline."""
+    max_tokens: PositiveInt = 512
+    """Tokens after which a reply is cut off."""
+    helpfulness: str | None = None
+    """Folder of the helpfulness model, for its mean score of replies to requests that should be answered."""
+    safety: str | None = None
+    """Folder of the safety model, for its mean score of all responses."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class EvaluateRun:
-    """`launch/evaluate.py`: greedy and sampled pass@1 on problems with known answers."""
+    """`launch/evaluate.py`: greedy and sampled pass@1 on problems with known answers; replies to requests."""
 
     model: Model
     data: Data
     sampling: Sampling = Field(default_factory=Sampling)
+    requests: Requests | None = None
+    """General requests, answered greedily."""
     target_language: Literal["en", "zh"] = "en"
     """The language whose share of words is reported."""
     batch_size: PositiveInt = 256
@@ -232,37 +388,73 @@ class EvaluateRun:
     """Print the resolved configuration and the memory it needs, and stop."""
 
 
+def _split(names: Any) -> Any:
+    return names.split(",") if isinstance(names, str) else names
+
+
 @dataclass(config=STRICT, kw_only=True)
 class Stage:
-    """One step of a recipe: a command that a person could type."""
+    """One node of a recipe's graph: a command that a person could type."""
 
-    name: str
-    kind: Literal["base", "grpo", "sft"]
-    """`base` only names a model; the others are trained by the launcher of that name."""
+    name: str = Field(pattern=r"^[\w-]+$")
+    """The stage's name, and its folder's."""
+    kind: Literal["base", "grpo", "sft", "reward_model", "sample"]
+    """`base` only names a model; the others are run by the launcher of that name."""
     config: str | None = None
     """The stage's YAML, beside the pipeline's."""
-    start: str | None = None
-    """Name of the stage whose model this one starts from."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """A field of that YAML -> the stage whose model or dataset goes there."""
     model: str | None = None
     """The model of a `base` stage."""
+    evaluate: str | None = None
+    """Another YAML for this stage's evaluation than the pipeline's."""
+    evaluate_inputs: dict[str, str] = Field(default_factory=dict)
+    """A field of the evaluation's YAML -> the stage whose model goes there."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class PipelineRun:
-    """`launch/pipeline.py`: stages one after another, each evaluated."""
+    """`launch/pipeline.py`: a graph of stages, each model evaluated. What is done already is not done again."""
 
     output_dir: str
     stages: list[Stage] = Field(min_length=1)
     evaluate: str
-    """The YAML for `launch/evaluate.py`, run after each stage."""
+    """The YAML for `launch/evaluate.py`, run after each stage that leaves a model."""
     accelerate: str
     """The Accelerate configuration that the training stages are launched with."""
     seed: int = 0
-    """Seed of every training stage."""
+    """Seed of every stage that trains or samples."""
     engine: Literal["transformers", "vllm"] | None = None
-    """Who generates in the RL stages, whatever their YAMLs say."""
+    """Who generates in the RL and sampling stages, whatever their YAMLs say."""
+    only: Annotated[list[str] | None, BeforeValidator(_split)] = None
+    """Run these stages alone (`--only a,b`); what they need must be there."""
+    from_: str | None = Field(default=None, alias="from")
+    """Run this stage and those that depend on it (`--from`)."""
+    until: str | None = None
+    """Run this stage and those that it depends on."""
     dry_run: bool = False
-    """Print the commands, and stop."""
+    """Print the plan, and stop."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ChatRun:
+    """`launch/chat.py`: a conversation with any stage's model."""
+
+    model: Model
+    template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
+    """The template that the model was trained with, as in `data`."""
+    prompt: str | None = None
+    """Answer this, and end."""
+    fold: bool = False
+    """Hide the thinking; in a conversation, `/fold` shows it and hides it again."""
+    temperature: float = Field(default=0.6, ge=0)
+    """0 is greedy. The report evaluates at 0.6."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus of the sampled tokens."""
+    max_tokens: PositiveInt | None = None
+    """Tokens after which a reply is cut off. Unset: what the model's context leaves."""
+    seed: int | None = None
+    """Seed of the replies. Unset: other replies each time."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -1,5 +1,6 @@
 """The one exception a user's mistake raises, and how a launcher turns it into two lines and exit code 2."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -14,11 +15,22 @@ class UserError(Exception):
 class RunStopped(Exception):
     """A run that cannot go on, for a reason outside of it. The message says what happened and what is left."""
 
+    code = EXIT_STOPPED
+
+
+class StageFailed(RunStopped):
+    """A stage's command ended with an exit code other than 0, which becomes the pipeline's."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
 
 def run_cli(main: Callable[[list[str]], None]) -> int:
     """Run `main` on the command line, and give its exit code.
 
-    A `UserError` (exit code 2) and a `RunStopped` (3) are printed without a traceback.
+    A `UserError` (exit code 2), a `RunStopped` (its own code, mostly 3) and a full disk (3) are printed without a
+    traceback.
     """
     try:
         main(sys.argv[1:])
@@ -27,5 +39,11 @@ def run_cli(main: Callable[[list[str]], None]) -> int:
         return EXIT_BAD_INPUT
     except RunStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
+        return stopped.code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or "no file is named"
+        print(f"stopped: the disk is full ({where}). Make room; the same command goes on.", file=sys.stderr)
         return EXIT_STOPPED
     return 0

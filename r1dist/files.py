@@ -1,37 +1,40 @@
 """Files that are whole or absent, and a run's folder, which belongs to one run."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from .errors import UserError
 
-MARK = "run.json"
+MARK, LOCK = "run.json", ".lock"
+WHOLE = "complete"  # in a checkpoint that all ranks have written to its end
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")
 
 
-def claim(output_dir: str, launcher: str, config: dict, resume: bool) -> None:
-    """Mark `output_dir` as this run's on rank 0, with its resolved configuration and the versions in use.
-
-    Raises `UserError` if the folder holds another run and `resume` is off, or holds none and it is on.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    folder = Path(output_dir)
-    mark = folder / MARK
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises `UserError` if `folder` holds another run and `resume` is off, or holds none and it is on."""
     if resume:
-        if not mark.exists():
+        if not (folder / MARK).exists():
             raise UserError(f"output_dir {folder} holds no run to resume. Leave out --resume to start one.")
-        return
-    if mark.exists() or (folder.is_dir() and any(folder.iterdir())):
+    elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(
             f"output_dir {folder} already holds a run or other files.\n"
             "Pass --resume to go on with it, or choose another --output_dir."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"launcher": launcher, "config": config, "versions": {name: version(name) for name in PACKAGES}}
-    write_json(mark, record)
+
+
+def sign(folder: Path, launcher: str, config: dict) -> None:
+    """Write down which configuration and which versions are at work in `folder`."""
+    write_json(folder / MARK, {"launcher": launcher, "config": config, "versions": versions()})
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide what a run comes to."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def write_json(path: Path, content: dict, mode: int = 0o644) -> None:
@@ -41,3 +44,53 @@ def write_json(path: Path, content: dict, mode: int = 0o644) -> None:
     beside.touch(mode)
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """`folder` is made, and belongs to this process until the end of the context, or its death.
+
+    Raises `UserError` if a living process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UserError(
+                f"output_dir {folder}: process {lock.read().strip()} is at work there. Wait for it, or stop it."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    """Append `rows` as JSON lines that are on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mend_lines(path: Path) -> None:
+    """Cut off a last line that was not written to its end."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        whole = 0
+        for line in file:
+            whole += len(line) if line.endswith(b"\n") else 0
+        file.truncate(whole)
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The JSON lines of `path`, one after another; raises `UserError` for a damaged one."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is damaged. Remove that line and start again.") from error

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .config import Model
 from .errors import UserError
@@ -24,6 +24,16 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def load_model_config(model: Model) -> PretrainedConfig:
     """The architecture's configuration, without weights; raises `UserError` if it is not to be had."""
     return _load(AutoConfig, model_path(model), "model.path")
+
+
+def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that end a completion: the tokenizer's, and those that the model's generation settings name."""
+    try:
+        named = GenerationConfig.from_pretrained(model_path(model)).eos_token_id
+    except OSError:  # a model need not have such settings
+        named = None
+    named = [named] if isinstance(named, int) else named or []
+    return sorted({*named, tokenizer.eos_token_id})
 
 
 def model_init_kwargs(model: Model) -> dict[str, Any]:

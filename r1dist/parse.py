@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .config import GRPORun, SFTRun
+from .config import GRPORun, RewardModelRun, SFTRun
 from .errors import UserError
 from .objective import OBJECTIVES
 from .trl_fields import field_types, validator
 
-TRL_CLASS = {GRPORun: "GRPOConfig", SFTRun: "SFTConfig"}
+TRL_CLASS = {GRPORun: "GRPOConfig", SFTRun: "SFTConfig", RewardModelRun: "RewardConfig"}
 # TRL's fields that something of ours stands for: set, they would be contradicted or ignored.
 OURS_INSTEAD = {
     "model_init_kwargs": "`model.dtype` and `model.attn_implementation`",
@@ -78,7 +78,7 @@ def parse(run_class: type, argv: list[str], default_config: Path | None = None) 
     tree = _read(path) if path is not None else {}
     for key, text in _arguments(argv).items():
         if key != "config":
-            _set(tree, key, _value(f"--{key}", text))
+            _set(tree, key, text if _is_text(run_class, key) and text != "null" else _value(f"--{key}", text))
     return build(run_class, tree, str(path) if path else "the command line")
 
 
@@ -106,7 +106,7 @@ def build(run_class: type, tree: dict, where: str) -> Any:
     return run
 
 
-def trl_value(run: GRPORun | SFTRun, name: str) -> Any:
+def trl_value(run: GRPORun | SFTRun | RewardModelRun, name: str) -> Any:
     """A TRL field as the run has it: from its YAML, else TRL's own default."""
     return run.trl[name] if name in run.trl else field_types(TRL_CLASS[type(run)])[name][1]
 
@@ -189,6 +189,14 @@ def _value(where: str, text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: `{text}` is not a value ({error.__class__.__name__}).") from error
+
+
+def _is_text(run_class: type, key: str) -> bool:
+    """Whether `key` names a field of ours that holds text, in which a colon or a number is nothing special."""
+    *location, name = [int(part) if part.isdigit() else part for part in key.split(".")]
+    section = _section(run_class, location)
+    hint = typing.get_type_hints(section).get(name) if section else None
+    return hint is str or hint == str | None
 
 
 def _read(path: Path) -> dict:

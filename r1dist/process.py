@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 import datasets
 import torch
@@ -17,6 +18,8 @@ def set_up_process() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # DeepSpeed's ZeRO 3 calls something deprecated at each gathering, which a user can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not torch.cuda.is_available():
         # Left to guess, DeepSpeed finds the CPU as well, with a warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, create_model
 SOURCES = {
     "GRPOConfig": ("trl", "trainer/grpo_config.py", "_BaseConfig"),
     "SFTConfig": ("trl", "trainer/sft_config.py", "_BaseConfig"),
+    "RewardConfig": ("trl", "trainer/reward_config.py", "_BaseConfig"),
     "_BaseConfig": ("trl", "trainer/base_config.py", "TrainingArguments"),
     "TrainingArguments": ("transformers", "training_args.py", None),
 }

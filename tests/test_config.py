@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, launch, write_yaml
 
-from r1dist.config import EvaluateRun, GRPORun, PipelineRun, SFTRun
+from r1dist.config import EvaluateRun, GRPORun, PipelineRun, Reward, RewardModelRun, SampleRun, SFTRun
 from r1dist.errors import UserError
 from r1dist.parse import as_tree, build, check_groups, parse
 
@@ -17,7 +17,7 @@ MISTAKES = [
     (["--data.sources.0.promblem", "x"], "`data.sources.0.promblem` is not a field; did you mean `problem`?"),
     (["--learning_rate", "fast"], "`learning_rate`: Input should be a valid number"),
     (["--max_steps", "1.5"], "`max_steps`: Input should be a valid integer"),
-    (["--rewards.accuracy", "much"], "`rewards.accuracy`: Input should be a valid number"),
+    (["--rewards.accuracy", "much"], "`rewards.accuracy.weight`: Input should be a valid number"),
     (["--model.dtype", "int4"], "`model.dtype`: Input should be 'float32', 'bfloat16' or 'float16'"),
     (["--data.sources", "[]"], "`data.sources`"),
     (["--data.sources.3.path", "x"], "is not one of the 1 entries"),
@@ -80,7 +80,7 @@ def test_values_are_read_as_people_write_them(tmp_path, small_grpo):
         appended.write("beta: 1e-3\n")
     run = parse(GRPORun, ["--config", str(file), "--learning_rate=3e-6", "--rewards", "{accuracy: 2}", "--bf16"])
     assert (run.trl["beta"], run.trl["learning_rate"], run.trl["bf16"]) == (1e-3, 3e-6, True)
-    assert run.rewards == {"accuracy": 2.0}
+    assert run.rewards == {"accuracy": Reward(weight=2.0)}
 
 
 def test_the_resolved_configuration_gives_itself(small_grpo):
@@ -90,6 +90,8 @@ def test_the_resolved_configuration_gives_itself(small_grpo):
 
 def test_every_recipe_parses():
     kinds = {"r1_zero": GRPORun, "sft": SFTRun, "evaluate": EvaluateRun, "pipeline": PipelineRun}
+    kinds |= {"reasoning_rl": GRPORun, "final_rl": GRPORun, "distill": SFTRun, "reward": RewardModelRun}
+    kinds |= {"cold_start": SampleRun, "rejection_sampling": SampleRun}
     recipes = sorted((ROOT / "configs" / "recipes").glob("*/*.yaml"))
     assert len(recipes) >= 8
     for recipe in recipes:
@@ -106,7 +108,7 @@ def test_every_recipe_parses():
         (["--model.path", "nobody/nothing"], "nobody/nothing cannot be loaded"),
         (["--data.sources.0.path", "nobody/nothing"], "the hub does not give it"),
         (["--data.sources.0.path", "absent.jsonl"], "there is no file absent.jsonl"),
-        (["--rewards", "{acuracy: 1}"], "`acuracy` is not a reward; there are accuracy, format"),
+        (["--rewards", "{acuracy: 1}"], "`acuracy` is not a reward; there are accuracy, format, helpfulness"),
         (["--loss_type", "grpo", "--max_completion_length", "600"], "none of the 256 prompts fits"),
         (["--resume"], "holds no run to resume"),
     ],

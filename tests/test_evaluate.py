@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 from conftest import ROOT, launch
 
-from r1dist.evaluate.statistics import clustered_interval, wilson_interval
+from r1dist.intervals import clustered_interval, wilson_interval
 
 
 def test_wilson_interval_against_known_values():

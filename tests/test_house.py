@@ -11,9 +11,10 @@ FORBIDDEN = {
     "rollout": {"train", "recipe", "rewards", "evaluate", "report", "data"},
     "data": {"train", "recipe", "rollout", "evaluate", "report", "rewards"},
     "tiny": {"train", "recipe", "rollout", "evaluate", "report", "rewards", "data"},
-    "evaluate": {"train", "recipe", "report"},
-    "train": {"recipe"},
-    "report": {"recipe", "train", "evaluate"},
+    "evaluate": {"train", "recipe", "report", "curate"},
+    "curate": {"train", "recipe", "report", "evaluate"},
+    "train": {"recipe", "curate"},
+    "report": {"recipe", "train", "evaluate", "curate"},
 }
 SOURCES = sorted((ROOT / "r1dist").rglob("*.py"))
 

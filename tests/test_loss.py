@@ -9,6 +9,7 @@ import trl
 from r1dist.config import GRPORun
 from r1dist.data.prompts import prompt_dataset
 from r1dist.parse import build
+from r1dist.rewards import select
 from r1dist.train.grpo import arguments_of
 from r1dist.train.grpo import build as build_trainer
 
@@ -89,7 +90,7 @@ def test_loss_and_gradient(small_grpo, tokenizer, loss_type, beta):
     tree = {**small_grpo, "max_completion_length": MAX_COMPLETION, "loss_type": loss_type, "beta": beta}
     run = build(GRPORun, tree, "test")
     dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, MAX_COMPLETION)
-    trainer = build_trainer(run, arguments_of(run), tokenizer, dataset)
+    trainer = build_trainer(run, arguments_of(run), tokenizer, dataset, select(run.rewards))
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.model.train()
     plain = copy.deepcopy(model)

@@ -1,8 +1,15 @@
-"""Stages as commands, from the YAML to `summary.json`."""
+"""A recipe from its YAML to `summary.json`: what is run, what is skipped and why, and what a kill leaves."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, SMALL_GRPO, launch, metrics, write_yaml
 from transformers import AutoModelForCausalLM
@@ -11,94 +18,201 @@ from r1dist.report.table import stage_table
 
 SMALL_SFT = {
     "model": {"path": "tiny"},
-    "data": {"sources": [{"path": "tiny", "limit": 256, "seed": 1}]},
+    "data": {"sources": [{"path": "nowhere.jsonl", "conversation": "messages"}]},
     "max_steps": 8,
     "learning_rate": 1e-3,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
     "max_length": 256,
     "gradient_checkpointing": False,
-    "save_strategy": "no",
+    "save_steps": 3,
     "seed": 0,
 }
 
 
 @pytest.fixture
 def pipeline(tmp_path):
+    """base -> samples -> sft -> rl, of seconds each."""
+    tiny = {"path": "tiny", "limit": 64}
+    way = {"name": "direct", "model": {"path": "tiny"}, "data": {"sources": [tiny]}, "per_prompt": 4}
+    way |= {"prompting": {"prefill": "<think>"}, "sampling": {"samples": 4, "max_tokens": 80}}
     evaluation = {
         "model": {"path": "tiny"},
         "data": {"sources": [{"path": "tiny", "split": "test", "limit": 40}]},
         "sampling": {"samples": 2, "max_tokens": 48},
     }
-    write_yaml(tmp_path / "grpo.yaml", {**SMALL_GRPO, "output_dir": "unused", "per_device_train_batch_size": 16})
+    sampling = {"ways": [way], "filters": {"language": None}, "rollout": {"batch_size": 64}}
+    write_yaml(tmp_path / "samples.yaml", {**sampling, "output_dir": "unused"})
     write_yaml(tmp_path / "sft.yaml", {**SMALL_SFT, "output_dir": "unused"})
+    few = {"per_device_train_batch_size": 16, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    write_yaml(tmp_path / "grpo.yaml", {**SMALL_GRPO, **few, "output_dir": "unused"})
     write_yaml(tmp_path / "evaluate.yaml", evaluation)
     stages = [
         {"name": "base", "kind": "base", "model": "tiny"},
-        {"name": "sft", "kind": "sft", "config": "sft.yaml", "start": "base"},
-        {"name": "rl", "kind": "grpo", "config": "grpo.yaml", "start": "sft"},
+        {"name": "rl", "kind": "grpo", "config": "grpo.yaml", "inputs": {"model.path": "sft"}},
+        {"name": "samples", "kind": "sample", "config": "samples.yaml", "inputs": {"ways.0.model.path": "base"}},
+        {"name": "sft", "kind": "sft", "config": "sft.yaml"}
+        | {"inputs": {"model.path": "base", "data.sources.0.path": "samples"}},
     ]
     tree = {"output_dir": str(tmp_path / "run"), "stages": stages, "evaluate": "evaluate.yaml"}
     return {**tree, "accelerate": "configs/accelerate/zero2_cpu.yaml"}
 
 
-def test_stages_build_on_each_other(tmp_path, pipeline):
-    config = write_yaml(tmp_path / "pipeline.yaml", pipeline)
+def written(tmp_path, tree) -> Path:
+    return write_yaml(tmp_path / "pipeline.yaml", tree)
+
+
+def acts(output: str) -> dict[str, tuple[str, str]]:
+    """Step -> what was done with it, and why."""
+    return {name: (act, why) for name, act, why in re.findall(r"^\[(\S+)\] (\w+): (.*)$", output, re.MULTILINE)}
+
+
+def outcome(folder: Path) -> dict[str, tuple]:
+    """Of each step: its state and the digests of what it read and what it left."""
+    steps = json.loads((folder / "manifest.json").read_text())["steps"]
+    return {
+        name: (record["state"], record["exit_code"], record["output"], sorted(record["inputs"].values()))
+        for name, record in sorted(steps.items())
+    }
+
+
+def test_a_recipe_runs_once_and_is_repeated_only_where_something_changed(tmp_path, pipeline):
+    config = written(tmp_path, pipeline)
+    run = tmp_path / "run"
     done = launch("pipeline.py", "--config", config)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert [(stage["name"], stage["kind"]) for stage in summary["stages"]] == [
-        ("base", "base"), ("sft", "sft"), ("rl", "grpo"),
-    ]  # fmt: skip
-    for stage in summary["stages"]:
-        assert (
-            stage["seconds"] > 0 and {"accuracy", "ci95", "format", "language", "mean_tokens"} <= stage["eval"].keys()
-        )
-    base, sft, _ = (stage["eval"] for stage in summary["stages"])
-    assert sft["mean_tokens"] > base["mean_tokens"] and sft["format"] > base["format"]
-    losses = [line["loss"] for line in metrics(tmp_path / "run" / "sft")]
+    order = ["base.evaluation", "samples", "sft", "sft.evaluation", "rl", "rl.evaluation"]
+    assert list(acts(done.stdout)) == order
+    summary = json.loads((run / "summary.json").read_text())
+    stages = {stage["name"]: stage for stage in summary["stages"]}
+    assert list(stages) == ["base", "rl", "samples", "sft"]
+    for name in ("base", "sft", "rl"):
+        assert {"accuracy", "ci95", "format", "language", "mean_tokens"} <= stages[name]["eval"].keys()
+    assert stages["sft"]["eval"]["format"] > stages["base"]["eval"]["format"]
+    assert stages["samples"]["data"]["rows"] > 40
+    losses = [line["loss"] for line in metrics(run / "sft")]
     assert losses[-1] < losses[0]
-    record = json.loads((tmp_path / "run" / "rl" / "run.json").read_text())
-    assert record["config"]["model"]["path"] == str(tmp_path / "run" / "sft")
-    assert len(list((tmp_path / "run" / "rl" / "traces").iterdir())) == 2
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "rl")
-    again = launch("pipeline.py", "--config", config)
-    assert again.returncode == 2 and "already holds a run" in again.stderr
+    assert json.loads((run / "rl" / "run.json").read_text())["config"]["model"]["path"] == str(run / "sft")
+    AutoModelForCausalLM.from_pretrained(run / "rl")
+    record = json.loads((run / "manifest.json").read_text())["steps"]["sft"]
+    assert record["settings"]["learning_rate"] == 1e-3 and set(record["inputs"]) == {
+        "model.path", "data.sources.0.path", "accelerate"
+    }  # fmt: skip
+
+    first = outcome(run)
+    done = launch("pipeline.py", "--config", config)
+    assert done.returncode == 0, done.stderr
+    assert {act for act, _ in acts(done.stdout).values()} == {"skip"} and outcome(run) == first
+
+    # A filter drops some rows: the models after it are made anew, the base is not measured again.
+    samples = (tmp_path / "samples.yaml").read_text().replace("language: null", "language: null\n  min_tokens: 40")
+    (tmp_path / "samples.yaml").write_text(samples)
+    done = launch("pipeline.py", "--config", config, "--until", "sft")
+    assert done.returncode == 0, done.stderr
+    told = acts(done.stdout)
+    assert told["base.evaluation"][0] == "skip" and told["samples"] == ("again", "changed since: filters.min_tokens")
+    assert told["sft"] == ("again", "changed since: data.sources.0.path") and told["sft.evaluation"][0] == "again"
+    assert (run / "superseded" / "samples.1" / "rows.jsonl").exists() and "rl" not in told
+    planned = launch("pipeline.py", "--config", config, "--dry_run", "--from", "rl").stdout
+    assert acts(planned) == {"rl": ("again", "changed since: model.path"), "rl.evaluation": (
+        "start", "what it needs is made first"
+    )}  # fmt: skip
+
+    (run / "rl" / "model.safetensors").write_bytes(b"scribble")
+    planned = launch("pipeline.py", "--config", config, "--dry_run", "--only", "sft,rl").stdout
+    assert acts(planned)["sft"][0] == "skip" and acts(planned)["rl"][0] == "again"
+
+
+def test_killed_anywhere_the_same_command_comes_to_the_same(tmp_path, pipeline):
+    config = written(tmp_path, pipeline)
+    run, log = tmp_path / "run", tmp_path / "log"
+    done = launch("pipeline.py", "--config", config)
+    assert done.returncode == 0, done.stderr
+    run.rename(tmp_path / "whole")  # where the other will be: paths are part of what is compared
+    # Where to kill: when this file is there, while this step is under way.
+    moments = ["evaluations/base.json", "samples/samples/direct.jsonl", "sft/checkpoint-3", "rl/metrics.jsonl",
+               "rl/checkpoint-4/complete"]  # fmt: skip
+    for moment in moments:
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [sys.executable, "launch/pipeline.py", "--config", config], cwd=ROOT, stdout=file, stderr=file
+            )
+        began = time.monotonic()
+        while not (run / moment).exists():
+            assert process.poll() is None and time.monotonic() - began < 300, log.read_text()
+            time.sleep(0.01)
+        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            os.kill(member.pid, signal.SIGKILL)
+        process.wait()
+    done = launch("pipeline.py", "--config", config)
+    assert done.returncode == 0, done.stderr
+    assert "[samples] resume: cut off in the middle" in log.read_text()
+    assert acts(done.stdout)["rl"] == ("resume", "cut off in the middle")
+    whole = outcome(tmp_path / "whole")
+    here = outcome(run)
+    assert here.keys() == whole.keys()
+    assert (run / "samples" / "rows.jsonl").read_text() == (tmp_path / "whole" / "samples" / "rows.jsonl").read_text()
+    assert here == whole
+    for name in ("sft", "rl"):
+        steps = [line["step"] for line in metrics(run / name)]
+        assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_dry_run_prints_the_commands_that_a_person_could_type(tmp_path, pipeline):
-    done = launch(
-        "pipeline.py", "--config", write_yaml(tmp_path / "pipeline.yaml", pipeline), "--dry_run", "--seed", "3"
-    )
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 5
-    assert "launch/sft.py" in lines[1] and "--model.path tiny" in lines[1] and lines[1].endswith("--seed 3")
-    assert "launch/grpo.py" in lines[3] and f"--model.path {tmp_path / 'run' / 'sft'}" in lines[3]
+    done = launch("pipeline.py", "--config", written(tmp_path, pipeline), "--dry_run", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    commands = {name: line for name, line in re.findall(r"^\[(\S+)\] .*\n  (.*)$", done.stdout, re.MULTILINE)}
+    assert commands["sft"].endswith("--seed 3") and "launch/sft.py" in commands["sft"]
+    assert "--model.path tiny" in commands["sft"] and "accelerate" not in commands["samples"]
+    assert f"--model.path {tmp_path / 'run' / 'sft'}" in commands["rl"]
+    assert f"--data.sources.0.path {tmp_path / 'run' / 'samples' / 'rows.jsonl'}" in commands["sft"]
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stage_that_fails_shows_its_last_lines(tmp_path, pipeline):
-    write_yaml(tmp_path / "sft.yaml", {**SMALL_SFT, "output_dir": "unused", "lerning_rate": 1})
-    done = launch("pipeline.py", "--config", write_yaml(tmp_path / "pipeline.yaml", pipeline))
+def test_a_stage_that_fails_shows_its_last_lines_and_the_way_on(tmp_path, pipeline):
+    samples = (tmp_path / "samples.yaml").read_text().replace("language: null", "min_tokens: 1000")
+    (tmp_path / "samples.yaml").write_text(samples)
+    done = launch("pipeline.py", "--config", written(tmp_path, pipeline))
     assert done.returncode == 2
-    assert "stage `sft` failed" in done.stderr and "sft.log" in done.stderr
-    log = (tmp_path / "run" / "logs" / "sft.log").read_text()
-    assert "did you mean `learning_rate`?" in log
-    assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]) == 1
+    assert "`samples` failed with exit code 2" in done.stderr and "samples.log" in done.stderr
+    assert "no sample is left. direct: 256 samples, dropped" in done.stderr and "goes on from here" in done.stderr
+    steps = json.loads((tmp_path / "run" / "manifest.json").read_text())["steps"]
+    assert steps["samples"]["state"] == "failed" and steps["base.evaluation"]["state"] == "finished"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("stage", "change", "message"),
     [
-        ({"start": "nowhere"}, r"`start` naming a stage before it \(base\)"),
-        ({"config": None}, "needs `config`"),
-        ({"kind": "dpo"}, "`stages.1.kind`"),
+        (1, {"inputs": {"model.path": "nowhere"}}, "takes `model.path` from `nowhere`, which is no stage"),
+        (2, {"inputs": {"ways.0.model.path": "rl"}}, r"(\w+ -> ){3}\w+ is a cycle"),
+        (1, {"config": None}, "`rl` needs `config`"),
+        (1, {"kind": "dpo"}, "`stages.1.kind`"),
+        (1, {"name": "sft"}, "two of them have the same name"),
+        (1, {"inputs": {"modle.path": "sft"}}, "did you mean `model`"),
     ],
 )
-def test_a_stage_that_cannot_run_is_refused(tmp_path, pipeline, change, message):
-    pipeline["stages"][1].update(change)
-    done = launch("pipeline.py", "--config", write_yaml(tmp_path / "pipeline.yaml", pipeline))
+def test_a_graph_that_cannot_run_is_refused(tmp_path, pipeline, stage, change, message):
+    pipeline["stages"][stage].update(change)
+    done = launch("pipeline.py", "--config", written(tmp_path, pipeline))
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_any_stages_yaml_is_found_before_the_first_begins(tmp_path, pipeline):
+    write_yaml(tmp_path / "grpo.yaml", {**SMALL_GRPO, "output_dir": "unused", "lerning_rate": 1})
+    done = launch("pipeline.py", "--config", written(tmp_path, pipeline))
+    assert done.returncode == 2 and "grpo.yaml" in done.stderr and "did you mean `learning_rate`?" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_asked_for_must_be_there(tmp_path, pipeline):
+    config = written(tmp_path, pipeline)
+    done = launch("pipeline.py", "--config", config, "--only", "rl")
+    assert done.returncode == 2 and "stage `rl` needs what `sft` leaves" in done.stderr
+    done = launch("pipeline.py", "--config", config, "--until", "nowhere")
+    assert done.returncode == 2 and "--until: there is no stage `nowhere`" in done.stderr
+    (tmp_path / "run" / "manifest.json").write_text('{"steps": {"ba')
+    done = launch("pipeline.py", "--config", config)
+    assert done.returncode == 2 and "manifest.json is damaged" in done.stderr
 
 
 def test_the_table_has_a_row_for_each_stage():

@@ -1,13 +1,17 @@
 """Rewards pay for what they say, and for nothing that only looks like it."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from r1dist.config import Reward
 from r1dist.data.formats import gold_answer, last_boxed, rewrite_stratos, turns
 from r1dist.errors import UserError
 from r1dist.rewards import select
 from r1dist.rewards.accuracy import accuracy
 from r1dist.rewards.format import format_reward
 from r1dist.rewards.language import language_share
+from r1dist.train.grpo import as_trl_reward
 
 RIGHT = [
     ("<think>x</think><answer>72</answer>", "72"),
@@ -91,9 +95,25 @@ def test_language_share():
 
 
 def test_selection_names_what_there_is():
-    assert list(select({"format": 0.5, "accuracy": 1.0})) == ["format", "accuracy"]
-    with pytest.raises(UserError, match="`acuracy` is not a reward; there are accuracy, format"):
-        select({"acuracy": 1.0})
+    assert list(select({"format": Reward(weight=0.5), "accuracy": Reward()})) == ["format", "accuracy"]
+    with pytest.raises(UserError, match="`acuracy` is not a reward; there are accuracy, format, helpfulness"):
+        select({"acuracy": Reward()})
+    with pytest.raises(UserError, match=r"rewards.safety: it needs `model`"):
+        select({"safety": Reward()})
+    with pytest.raises(UserError, match=r"rewards.format: it takes no `model`"):
+        select({"format": Reward(model="somewhere")})
+    with pytest.raises(UserError, match="nowhere holds no reward model"):
+        select({"safety": Reward(model="nowhere")})
+
+
+def test_a_reward_may_be_for_some_kinds_only_and_in_one_language():
+    rows = [{"answer": "9", "kind": kind} for kind in ("math", "talk", "math")]
+    texts = ["<answer>9</answer>", "<answer>9</answer>", "<answer>8</answer>"]
+    assert select({"accuracy": Reward(kinds=["math"])})["accuracy"](texts, rows) == [1.0, None, 0.0]
+    assert select({"accuracy": Reward(kinds=["code"])})["accuracy"](texts, rows) == [None] * 3
+    mixed = ["ends in 末位", "ends", "1+1"]
+    assert select({"language": Reward(target="zh")})["language"](mixed, rows) == [0.5, 0.0, None]
+    assert select({"language": Reward()})["language"](mixed, rows) == [0.5, 1.0, None]
 
 
 def test_gold_answers():
@@ -114,3 +134,11 @@ def test_conversations():
     marks = "<|begin_of_thought|> t <|end_of_thought|>\n\n<|begin_of_solution|> s <|end_of_solution|>"
     assert rewrite_stratos(marks) == "<think>t</think>\n<answer>s</answer>"
     assert rewrite_stratos("no marks") is None
+
+
+def test_a_reward_may_begin_in_the_last_part_of_a_run():
+    reward = as_trl_reward("safety", lambda texts, rows: [float(len(t)) for t in texts], from_step=3)
+    asked = {"prompts": ["p", "q"], "completions": ["a", [{"role": "assistant", "content": "bc"}]]}
+    before, after = (SimpleNamespace(global_step=step) for step in (2, 3))
+    assert reward(**asked, completion_ids=[[1], [2]], trainer_state=before, kind=["talk", "talk"]) == [None, None]
+    assert reward(**asked, completion_ids=[[1], [2]], trainer_state=after, kind=["talk", "talk"]) == [1.0, 2.0]

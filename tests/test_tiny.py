@@ -11,9 +11,10 @@ from safetensors import safe_open
 
 from r1dist.config import EvaluateRun
 from r1dist.data.prompts import prompt_dataset
-from r1dist.evaluate.evaluate import engine_for, measure
+from r1dist.evaluate.evaluate import measure
 from r1dist.parse import parse
 from r1dist.rewards.language import language_share
+from r1dist.rollout.in_process import load_engine
 from r1dist.rollout.protocol import Sampling
 from r1dist.tiny import BASE_DIR
 from r1dist.tiny.build import PHASES, BuildConfig, fingerprint
@@ -84,9 +85,9 @@ def scores(base_model, tokenizer):
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 300
     dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, run.sampling.max_tokens)
-    engine = engine_for(base_model, tokenizer, 256)
-    greedy = measure(run, engine, tokenizer, dataset, Sampling(112, temperature=0), 1)
-    sampled = measure(run, engine, tokenizer, dataset, Sampling(112), 4)
+    engine = load_engine(run.model, tokenizer, 256)
+    greedy, _ = measure(run, engine, tokenizer, dataset, Sampling(112, temperature=0), 1)
+    sampled, _ = measure(run, engine, tokenizer, dataset, Sampling(112), 4)
     return greedy, sampled
 
 
@@ -108,5 +109,7 @@ def test_thinking_pays(base_model, tokenizer):
             row["prompt"], tokenize=False, add_generation_prompt=True
         ) + "<think>Let me work it out."}
     )  # fmt: skip
-    scores = measure(run, engine_for(base_model, tokenizer, 256), tokenizer, started, Sampling(112, temperature=0), 1)
+    scores, _ = measure(
+        run, load_engine(run.model, tokenizer, 256), tokenizer, started, Sampling(112, temperature=0), 1
+    )
     assert 0.6 <= scores.accuracy <= 0.95

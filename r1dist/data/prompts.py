@@ -5,7 +5,7 @@ import logging
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..config import Data
+from ..config import Data, Prompting, Source
 from ..errors import UserError
 from .sources import load_conversations, load_problems
 from .templates import check_chat_template, make_prompt, prompt_ids
@@ -14,17 +14,25 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_dataset(
-    data: Data, tokenizer: PreTrainedTokenizerBase, model_path: str, context: int, completion: int
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    model_path: str,
+    context: int,
+    completion: int,
+    prompting: Prompting | None = None,
 ) -> Dataset:
     """Rows with `prompt`, `prompt_id`, `prompt_length` (tokens), `problem`, `answer`, `source` and `kind`.
 
-    A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted.
+    A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
+    `prompting`, the examples and the instruction stand in the prompt.
     """
     check_chat_template(tokenizer, data.template, model_path)
     rows = load_problems(data.sources)
+    examples = load_examples(prompting) if prompting else []
+    instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
     def convert(row: dict, index: int) -> dict:
-        prompt = make_prompt(data.template, row["problem"], row["system"])
+        prompt = make_prompt(data.template, row["problem"] + instruction, row["system"], examples)
         return {"prompt": prompt, "prompt_id": index, "prompt_length": len(prompt_ids(tokenizer, prompt))}
 
     rows = rows.map(convert, with_indices=True, remove_columns=["system"], desc=None)
@@ -41,6 +49,17 @@ def prompt_dataset(
             f"the completion may take {completion}. Shorten the completion."
         )
     return fitting
+
+
+def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
+    """(problem, completion) of the examples that `prompting` shows; raises `UserError` if they are too few."""
+    if prompting.examples is None:
+        return []
+    source = Source(path=prompting.examples, problem="problem", completion="completion")
+    rows = load_conversations([source])
+    if len(rows) < prompting.shots:
+        raise UserError(f"prompting.examples: {prompting.examples} holds {len(rows)}; `shots` is {prompting.shots}.")
+    return [(row["messages"][-1]["content"], row["completion"]) for row in rows.select(range(prompting.shots))]
 
 
 def completion_dataset(

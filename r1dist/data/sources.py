@@ -5,22 +5,32 @@ Whatever the source, a row leaves here with the same columns: `problem`, `answer
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..config import Source
 from ..errors import UserError
-from ..tiny import worked as tiny_worked
+from ..tiny import talk, worked
 from .formats import gold_answer, rewrite_stratos, turns
 
 logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TINY_DEFAULT_ROWS = 4096
+PROBLEM_FEATURES = Features({name: Value("string") for name in ("problem", "answer", "system", "source", "kind")})
+GENERATED: dict[str, Callable[[Source], list[dict]]] = {
+    "tiny": lambda source: worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split),
+    "tiny_talk": lambda source: talk.rows(source.seed, source.split, unsafe=False),
+    "tiny_unsafe": lambda source: talk.rows(source.seed, source.split, unsafe=True),
+    "tiny_pairs": lambda source: talk.pairs(source.seed, source.split),
+    "tiny_judged": lambda source: talk.judged(source.seed, source.split),
+}
 
 
 def load_problems(sources: list[Source]) -> Dataset:
@@ -36,28 +46,63 @@ def load_conversations(sources: list[Source]) -> Dataset:
     return concatenate_datasets([_conversations(_with_columns(source)) for source in sources])
 
 
+def load_pairs(sources: list[Source]) -> Dataset:
+    """All rows with `problem`, `chosen` and `rejected`."""
+    return _columns(sources, ("problem", "chosen", "rejected"))
+
+
+def load_labels(sources: list[Source]) -> Dataset:
+    """All rows with `problem`, `completion` and `label`, 1 or 0. Raises `UserError` for any other label."""
+    rows = _columns(sources, ("problem", "completion", "label"))
+    strange = set(rows["label"]) - {0, 1}
+    if strange:
+        raise UserError(f"sources: column `label` must hold 0 or 1; there is also {strange.pop()!r}.")
+    return rows
+
+
+def _columns(sources: list[Source], fields: tuple[str, ...]) -> Dataset:
+    """Those columns of all sources, under their fields' names."""
+    parts = []
+    for source in map(_with_columns, sources):
+        named = {field: getattr(source, field) for field in fields}
+        raw = _read(source)
+        _require(source, raw, named)
+        columns = {field: [_last(value) for value in raw[column]] for field, column in named.items()}
+        parts.append(Dataset.from_dict(columns))
+    return concatenate_datasets(parts)
+
+
+def _last(value: Any) -> Any:
+    """Preference data often holds a whole conversation where its last turn is meant."""
+    return turns(value)[-1]["content"] if isinstance(value, list) else value
+
+
 def _with_columns(source: Source) -> Source:
-    """The tiny source's columns need not be named: they are ours."""
-    if source.path != "tiny":
+    """The generated sources' columns need not be named: they are ours."""
+    if source.path not in GENERATED:
         return source
-    return replace(source, problem="problem", answer="answer", completion="completion")
+    ours = ("problem", "answer", "completion", "chosen", "rejected", "label")
+    return replace(source, **{name: name for name in ours})
 
 
 def _problems(source: Source) -> Dataset:
     raw = _read(source)
-    _require(source, raw, {"problem": source.problem, "answer": source.answer})
+    columns = {"problem": source.problem, "answer": source.answer}
+    if source.answer is None and source.kind != "math":
+        del columns["answer"]
+    _require(source, raw, columns)
 
     def convert(row: dict) -> dict:
         return {
             "problem": row[source.problem],
-            "answer": gold_answer(row[source.answer], source.answer_format),
+            "answer": gold_answer(row[source.answer], source.answer_format) if source.answer else None,
             "system": row[source.system] if source.system else None,
             "source": source.path,
             "kind": source.kind,
         }
 
-    rows = raw.map(convert, remove_columns=raw.column_names, desc=None)
-    answered = rows.filter(lambda row: bool(row["problem"]) and row["answer"] is not None)
+    rows = raw.map(convert, remove_columns=raw.column_names, features=PROBLEM_FEATURES, desc=None)
+    answered = rows.filter(lambda row: bool(row["problem"]) and (source.kind != "math" or row["answer"] is not None))
     missing = len(rows) - len(answered)
     if missing * 2 > len(rows):
         raise UserError(
@@ -103,8 +148,8 @@ def _conversations(source: Source) -> Dataset:
 
 
 def _read(source: Source) -> Dataset:
-    if source.path == "tiny":
-        return Dataset.from_list(tiny_worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split))
+    if source.path in GENERATED:
+        return Dataset.from_list(GENERATED[source.path](source)[: source.limit])
     path = Path(source.path)
     if path.suffix in READERS:
         if not path.is_file():

@@ -1,5 +1,7 @@
 """How a question becomes a prompt."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -13,14 +15,25 @@ INSTRUCTION = (
 )
 
 
-def make_prompt(template: str, problem: str, system: str | None = None) -> str | list[dict]:
-    """The prompt for one question: text for `r1_zero`, a list of messages for the chat templates."""
+def make_prompt(
+    template: str,
+    problem: str,
+    system: str | None = None,
+    examples: Sequence[tuple[str, str]] = (),
+) -> str | list[dict]:
+    """The prompt for one question: text for `r1_zero`, a list of messages for the chat templates.
+
+    `examples` (problem, completion) come before it, as if they had been asked and answered.
+    """
     if template == "r1_zero":
-        return f"{INSTRUCTION} User: {problem}. Assistant:"
+        shown = "".join(f" User: {asked}. Assistant: {answered}" for asked, answered in examples)
+        return f"{INSTRUCTION}{shown} User: {problem}. Assistant:"
     if template == "r1_zero_chat":
         system = INSTRUCTION
-    messages = [{"role": "user", "content": problem}]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    messages = [{"role": "system", "content": system}] if system else []
+    for asked, answered in examples:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return [*messages, {"role": "user", "content": problem}]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:

@@ -1,29 +1,28 @@
 """Greedy and sampled pass@1 on problems with known answers."""
 
+import json
 import logging
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from datasets import Dataset
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..config import EvaluateRun
 from ..data.prompts import prompt_dataset
-from ..data.templates import prompt_ids
 from ..errors import UserError
 from ..files import write_json
-from ..models import load_model_config, load_tokenizer, model_path
+from ..intervals import clustered_interval
+from ..models import load_model_config, load_tokenizer
 from ..process import set_up_process
 from ..rewards.accuracy import accuracy
 from ..rewards.format import has_format
 from ..rewards.language import language_share
-from ..rollout.in_process import InProcessEngine
-from ..rollout.protocol import Request, Rollout, Sampling, generate, sample_seed
-from .statistics import clustered_interval
+from ..rollout.in_process import InProcessEngine, load_engine
+from ..rollout.protocol import Rollout, Sampling
+from .complete import complete, with_texts
+from .requests import measure_requests
 
 logger = logging.getLogger(__name__)
 
@@ -49,41 +48,34 @@ class Scores:
 
 
 def evaluate(run: EvaluateRun) -> dict:
-    """The model's scores as `{"greedy": ..., "sampled": ...}`; written to `run.output` if that is set."""
+    """The scores: `greedy`, `sampled` and, if asked for, `requests`; written to `run.output` if that is set,
+    with the greedy completions beside it."""
     set_up_process()
     tokenizer = load_tokenizer(run.model)
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, run.sampling.max_tokens)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path(run.model),
-        dtype=getattr(torch, run.model.dtype),
-        attn_implementation=run.model.attn_implementation,
-    ).to(device)
-    engine = engine_for(model.eval(), tokenizer, run.batch_size)
+    engine = load_engine(run.model, tokenizer, run.batch_size)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
-    result = {
-        "model": run.model.path,
-        "seed": run.seed,
-        "greedy": asdict(measure(run, engine, tokenizer, dataset, greedy, 1)),
-        "sampled": asdict(measure(run, engine, tokenizer, dataset, sampled, run.sampling.samples)),
-    }
+    scores, completions = measure(run, engine, tokenizer, dataset, greedy, 1)
+    result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
+    result["sampled"] = asdict(measure(run, engine, tokenizer, dataset, sampled, run.sampling.samples)[0])
+    if run.requests is not None:
+        replies, more = measure_requests(run, engine, tokenizer, context)
+        result["requests"] = asdict(replies)
+        completions += more
     if run.output:
-        write_json(Path(run.output), result)
+        output = Path(run.output)
+        write_json(output, result)
+        completions_path(output).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in completions), encoding="utf-8"
+        )
     return result
 
 
-def engine_for(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> InProcessEngine:
-    """The in-process engine around a plain model."""
-    stops = model.generation_config.eos_token_id
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
-
-    @contextmanager
-    def unwrapped():
-        yield model
-
-    return InProcessEngine(unwrapped, sorted({*stops, tokenizer.eos_token_id}), tokenizer.pad_token_id, batch_size)
+def completions_path(output: Path) -> Path:
+    """Where the greedy completions of the evaluation in `output` are: `problem`, `answer`, `kind` and `text`."""
+    return output.with_suffix(".completions.jsonl")
 
 
 def measure(
@@ -93,23 +85,11 @@ def measure(
     dataset: Dataset,
     sampling: Sampling,
     samples: int,
-) -> Scores:
-    """Generate `samples` completions for each problem and score them."""
-    requests = [
-        Request(ids, row["prompt_id"], index, sample_seed(run.seed, 0, row["prompt_id"], index))
-        for row in dataset
-        for ids in [prompt_ids(tokenizer, row["prompt"])]
-        for index in range(samples)
-    ]
-    name = "greedy" if sampling.temperature == 0 else f"sampled at T={sampling.temperature:g}"
-    rollouts: list[Rollout] = []
-    with tqdm(total=len(requests), desc=name, unit="rollout", leave=False) as progress:
-        for begin in range(0, len(requests), run.batch_size):
-            rollouts += generate(engine, requests[begin : begin + run.batch_size], sampling)
-            progress.update(min(run.batch_size, len(requests) - begin))
-    texts = tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
+) -> tuple[Scores, list[dict]]:
+    """Generate `samples` completions for each problem and score them; the completions come second."""
+    rollouts, texts = complete(engine, tokenizer, dataset, sampling, samples, run.seed, run.batch_size)
     rows = [row for row in dataset for _ in range(samples)]
-    return _scores(rollouts, texts, rows, samples, run.target_language)
+    return _scores(rollouts, texts, rows, samples, run.target_language), with_texts(rows, texts)
 
 
 def _scores(rollouts: list[Rollout], texts: list[str], rows: list[dict], samples: int, target: str) -> Scores:

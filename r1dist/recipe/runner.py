@@ -1,121 +1,221 @@
-"""Runs the stages of a pipeline and puts what each of them achieved into `summary.json`.
+"""Runs what is missing of a recipe, and writes down what came of it.
 
-Every stage is a command that a person could type; it is printed before it is started.
+Every step is a command that a person could type; it is printed before it is started. A step that is done is
+not done again while nothing it depends on has changed; one that was cut off goes on from its own checkpoint.
 """
 
+import ctypes
 import json
 import os
 import shlex
+import signal
 import subprocess
-import sys
 import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
-from ..config import PipelineRun, Stage
-from ..errors import UserError
-from ..files import write_json
+from ..errors import StageFailed, UserError
+from ..files import WHOLE, owned, versions, write_json
+from ..report.page import write_page
 from ..report.table import stage_table
+from .graph import EVALUATION, Graph, Step
+from .manifest import Manifest, differences, digest, inputs_of, settings_of
 
-LAUNCHERS = {"grpo": "grpo.py", "sft": "sft.py"}
+LAST_LINES = 8
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with a step, and why."""
+
+    act: Literal["skip", "start", "resume", "again"]
+    """`again`: what is there is put aside first."""
+    reason: str
 
 
 class Runner:
-    """One pass over the stages of `run`.
+    """One pass over the chosen steps of `graph`."""
 
-    Args:
-        run: The pipeline.
-        configs: The folder of the pipeline's YAML, which the stages' YAMLs lie beside.
-        launch: The folder of the launchers.
-    """
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.folder = graph.folder
+        self.manifest = Manifest(self.folder)
 
-    def __init__(self, run: PipelineRun, configs: Path, launch: Path):
-        self.run = run
-        self.configs = configs
-        self.launch = launch
-        self.folder = Path(run.output_dir)
-        self._check()
-
-    def model_of(self, name: str) -> str:
-        """The model that the stage `name` leaves."""
-        stage = next(stage for stage in self.run.stages if stage.name == name)
-        return stage.model if stage.kind == "base" else str(self.folder / name)
-
-    def train_command(self, stage: Stage) -> list[str]:
-        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", self.run.accelerate]
-        script = [str(self.launch / LAUNCHERS[stage.kind]), "--config", str(self.configs / stage.config)]
-        overrides = ["--model.path", self.model_of(stage.start), "--output_dir", self.model_of(stage.name)]
-        if stage.kind == "grpo" and self.run.engine is not None:
-            overrides += ["--rollout.engine", self.run.engine]
-        return [*accelerate, *script, *overrides, "--seed", str(self.run.seed)]
-
-    def evaluate_command(self, stage: Stage) -> list[str]:
-        script = [sys.executable, str(self.launch / "evaluate.py"), "--config", str(self.configs / self.run.evaluate)]
-        return [*script, "--model.path", self.model_of(stage.name), "--output", str(self.evaluation(stage))]
-
-    def evaluation(self, stage: Stage) -> Path:
-        return self.folder / "evaluations" / f"{stage.name}.json"
-
-    def commands(self) -> list[list[str]]:
-        """All commands, in order."""
-        listed = []
-        for stage in self.run.stages:
-            listed += [] if stage.kind == "base" else [self.train_command(stage)]
-            listed.append(self.evaluate_command(stage))
-        return listed
+    def plan(self) -> str:
+        """What `go` would do, as far as it can be known before the first command has run."""
+        lines, changing = [], set()
+        for step in self.graph.chosen():
+            if changing & set(step.needs):
+                decision = Decision("start", "what it needs is made first")
+            else:
+                decision = self.decide(step, inputs_of(step))
+            if decision.act != "skip":
+                changing.add(step.name)
+            lines += [f"[{step.name}] {decision.act}: {decision.reason}", f"  {shlex.join(step.command)}"]
+        return "\n".join(lines)
 
     def go(self) -> dict:
-        """Run everything and return the summary, which is also in `<output_dir>/summary.json`."""
-        if (self.folder / "summary.json").exists() or any((self.folder / s.name).exists() for s in self.run.stages):
-            raise UserError(
-                f"output_dir {self.folder} already holds a run.\nRemove it, or choose another --output_dir."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        finished = []
-        for stage in self.run.stages:
-            began = time.monotonic()
-            if stage.kind != "base":
-                self._execute(stage, self.train_command(stage), stderr_to_log=True)
-            # The evaluation's progress bar belongs on the terminal.
-            self._execute(stage, self.evaluate_command(stage), stderr_to_log=False)
-            scores = json.loads(self.evaluation(stage).read_text())
-            seconds = round(time.monotonic() - began, 1)
-            finished.append({"name": stage.name, "kind": stage.kind, "seconds": seconds, "eval": scores["greedy"]})
-            finished[-1]["sampled"] = scores["sampled"]
-            write_json(self.folder / "summary.json", {"seed": self.run.seed, "stages": finished})
-            print(stage_table(finished), flush=True)
-        return {"seed": self.run.seed, "stages": finished}
+        """Do what is missing and return the summary, which is also in `<output_dir>/summary.json`.
 
-    def _check(self) -> None:
-        known: set[str] = set()
-        for stage in self.run.stages:
-            if stage.kind == "base" and stage.model is None:
-                raise UserError(f"stages: `{stage.name}` is a base stage and needs `model`.")
-            if stage.kind != "base" and (stage.config is None or stage.start not in known):
-                before = ", ".join(sorted(known)) or "none yet"
+        Raises `StageFailed`, or `UserError` if another runner is at work in the folder.
+        """
+        with owned(self.folder):
+            self.manifest = Manifest(self.folder)
+            for step in self.graph.chosen():
+                self._require_inputs(step)
+                inputs = inputs_of(step)
+                decision = self.decide(step, inputs)
+                print(f"\n[{step.name}] {decision.act}: {decision.reason}", flush=True)
+                if decision.act != "skip":
+                    self._do(step, decision, inputs)
+                summary = self._summarise()
+                if step.name.endswith(EVALUATION):
+                    print(stage_table(summary["stages"]), flush=True)
+            write_page(self.folder, summary, self.graph.edges())
+            return summary
+
+    def decide(self, step: Step, inputs: dict[str, str]) -> Decision:
+        """Compare the step, with the digests of what it reads now, with its record."""
+        record = self.manifest.steps.get(step.name)
+        there = step.output.exists() if step.folder is None else _holds_something(step.folder)
+        if record is None:
+            return Decision("again", "not in the manifest") if there else Decision("start", "not done yet")
+        changed = differences(record["inputs"], inputs) + differences(record["settings"], settings_of(step, inputs))
+        if changed:
+            return Decision("again" if there else "start", f"changed since: {', '.join(changed[:5])}")
+        if record["state"] != "finished":
+            if not there:
+                return Decision("start", "cut off before it left anything")
+            if step.trains and not _checkpoints(step.folder):
+                return Decision("again", "cut off before its first checkpoint")
+            return Decision("resume", "cut off in the middle")
+        if not step.output.exists() or digest(step.output) != record["output"]:
+            return Decision("again" if there else "start", f"{step.output} is not what it left")
+        now = versions()
+        other = [f"{name} {record['versions'].get(name)}" for name in differences(record["versions"], now)]
+        told = f" (though made with {', '.join(other)})" if other else ""
+        return Decision("skip", f"done, and nothing it depends on has changed{told}")
+
+    def _require_inputs(self, step: Step) -> None:
+        for name in step.needs:
+            needed = self.graph.steps[name]
+            if self.manifest.steps.get(name, {}).get("state") != "finished" or not needed.output.exists():
                 raise UserError(
-                    f"stages: `{stage.name}` needs `config`, and `start` naming a stage before it ({before})."
+                    f"stage `{step.stage.name}` needs what `{name}` leaves ({needed.output}), and that is not there. "
+                    f"Run `{name}` first: --until {step.stage.name} runs all that it needs."
                 )
-            known.add(stage.name)
 
-    def _execute(self, stage: Stage, command: list[str], stderr_to_log: bool) -> None:
-        print(f"\n[{stage.name}] {shlex.join(command)}", flush=True)
-        log = self.folder / "logs" / f"{stage.name}.log"
+    def _do(self, step: Step, decision: Decision, inputs: dict[str, str]) -> None:
+        if decision.act == "again":
+            self._put_aside(step)
+        command = [*step.command, "--resume"] if decision.act == "resume" and step.trains else step.command
+        print(shlex.join(command), flush=True)
+        before = self.manifest.steps.get(step.name, {}) if decision.act == "resume" else {}
+        record = {
+            "state": "running",
+            "command": step.command,
+            "settings": settings_of(step, inputs),
+            "inputs": inputs,
+            "versions": versions(),
+            "started": before.get("started", _now()),
+        }
+        self.manifest.write(step.name, record)
+        began = time.monotonic()
+        code = self._execute(step, command)
+        record |= {
+            "exit_code": code,
+            "ended": _now(),
+            # of the last start alone, if it was cut off before
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        if code:
+            self.manifest.write(step.name, record | {"state": "failed"})
+            raise StageFailed(self._failure(step, code), code)
+        self.manifest.write(step.name, record | {"state": "finished", "output": digest(step.output)})
+
+    def _execute(self, step: Step, command: list[str]) -> int:
+        log = self._log(step)
         log.parent.mkdir(exist_ok=True)
         with log.open("a") as file:
+            file.write(f"$ {shlex.join(command)}\n")
+            file.flush()
             process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
-                stderr=file if stderr_to_log else None,
+                # An evaluation's or a sampling's progress bar belongs on the terminal.
+                stderr=file if step.trains else None,
                 text=True,
                 env={"TOKENIZERS_PARALLELISM": "false", **os.environ},
+                preexec_fn=_end_with_parent,
             )
             for line in process.stdout:
                 file.write(line)
                 if line.startswith("step "):
                     print(f"  {line}", end="", flush=True)
-        if process.wait():
-            lines = log.read_text().splitlines()
-            said = [line for line in lines if line.startswith("error: ")] or lines[-5:]
-            raise UserError(
-                f"stage `{stage.name}` failed with exit code {process.returncode}; see {log}:\n" + "\n".join(said[:5])
-            )
+        return process.wait()
+
+    def _failure(self, step: Step, code: int) -> str:
+        log = self._log(step)
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line for line in lines[-200:] if line.startswith(("error: ", "stopped: "))] or lines[-LAST_LINES:]
+        return (
+            f"`{step.name}` failed with exit code {code}; {log} has everything that it printed:\n"
+            + "\n".join(f"  {line}" for line in said[:LAST_LINES])
+            + "\nWhat is done is kept: the same command goes on from here."
+        )
+
+    def _log(self, step: Step) -> Path:
+        return self.folder / "logs" / f"{step.name}.log"
+
+    def _put_aside(self, step: Step) -> None:
+        """Nothing is deleted: what is there moves to `superseded`."""
+        there = step.output if step.folder is None else step.folder
+        attic = self.folder / "superseded"
+        attic.mkdir(exist_ok=True)
+        number = 1
+        while (attic / f"{there.name}.{number}").exists():
+            number += 1
+        there.rename(attic / f"{there.name}.{number}")
+        print(f"  what was there is now in {attic / f'{there.name}.{number}'}", flush=True)
+
+    def _summarise(self) -> dict:
+        stages = []
+        for stage in self.graph.run.stages:
+            record = self.manifest.steps.get(stage.name, {})
+            evaluation = self.manifest.steps.get(stage.name + EVALUATION, {})
+            if "finished" not in (record.get("state"), evaluation.get("state")):
+                continue
+            entry = {"name": stage.name, "kind": stage.kind}
+            entry["seconds"] = round(record.get("seconds", 0) + evaluation.get("seconds", 0), 1)
+            if evaluation.get("state") == "finished":
+                scores = json.loads(self.graph.steps[stage.name + EVALUATION].output.read_text())
+                entry |= {"eval": scores["greedy"], "sampled": scores["sampled"]}
+                entry |= {"requests": scores["requests"]} if "requests" in scores else {}
+            if stage.kind == "sample":
+                entry["data"] = json.loads((self.folder / stage.name / "report.json").read_text())
+            if stage.kind == "reward_model":
+                measured = self.folder / stage.name / "evaluation.json"
+                entry |= {"scores": json.loads(measured.read_text())} if measured.exists() else {}
+            stages.append(entry)
+        summary = {"seed": self.graph.run.seed, "stages": stages}
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+def _checkpoints(folder: Path) -> bool:
+    return any(folder.glob(f"checkpoint-*/{WHOLE}"))
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the runner dies, however it dies (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

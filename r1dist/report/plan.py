@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from ..config import EvaluateRun, GRPORun, SFTRun
+from ..config import EvaluateRun, GRPORun, Model, RewardModelRun, SampleRun, SFTRun
 from ..models import load_model_config
 from ..parse import as_tree, trl_value
 
@@ -24,18 +24,17 @@ PROMPT_TOKENS = 256
 LOGITS_TILE = 4096 * 8192
 
 # The published shapes of the models in configs/recipes, so that a dry run needs no hub.
-KNOWN_SHAPES = {
-    "Qwen/Qwen2.5-0.5B": Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-    ),
-}
+QWEN_HALF_BILLION = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    max_position_embeddings=32768,
+    tie_word_embeddings=True,
+)
+KNOWN_SHAPES = dict.fromkeys(("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"), QWEN_HALF_BILLION)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,9 @@ def parameter_count(config: PretrainedConfig) -> int:
     return model.num_parameters()
 
 
-def training_memory(run: GRPORun | SFTRun, config: PretrainedConfig, sharding: Sharding) -> dict[str, int]:
+def training_memory(
+    run: GRPORun | SFTRun | RewardModelRun, config: PretrainedConfig, sharding: Sharding
+) -> dict[str, int]:
     """Bytes by part on the device that trains, the two phases' peaks last; what lies on the host is left out."""
     count = parameter_count(config)
     width = BYTES[run.model.dtype]
@@ -130,22 +131,38 @@ def peak(parts: dict[str, int]) -> int:
     return sum(parts.values()) - sum(phases) + max(phases, default=0)
 
 
-def print_plan(run: GRPORun | SFTRun | EvaluateRun) -> None:
-    """Print the configuration as YAML and the estimate as a table, on rank 0."""
+def generating_memory(model: Model, rows: int, max_tokens: int) -> dict[str, int]:
+    """Bytes by part of a model that only generates in this process, `rows` sequences at once."""
+    config = _shape(model)
+    width = BYTES[model.dtype]
+    return {
+        "weights": parameter_count(config) * width,
+        "cache (generation)": generation(config, rows, PROMPT_TOKENS + max_tokens, width),
+    }
+
+
+def print_plan(run: GRPORun | SFTRun | RewardModelRun | EvaluateRun | SampleRun) -> None:
+    """Print the configuration as YAML and the estimate as a table for each model, on rank 0."""
     if os.environ.get("RANK", "0") != "0":
         return
-    config = KNOWN_SHAPES.get(run.model.path) or load_model_config(run.model)
-    if isinstance(run, EvaluateRun):
-        width, length = BYTES[run.model.dtype], PROMPT_TOKENS + run.sampling.max_tokens
-        parts = {
-            "weights": parameter_count(config) * width,
-            "cache (generation)": generation(config, run.batch_size, length, width),
-        }
-        processes = 1
+    print(yaml.safe_dump(as_tree(run), sort_keys=False, allow_unicode=True))
+    if isinstance(run, SampleRun):
+        for way in run.ways:
+            parts = generating_memory(way.model, run.rollout.batch_size, way.sampling.max_tokens)
+            _print_memory(way.model, parts, 1)
+    elif isinstance(run, EvaluateRun):
+        _print_memory(run.model, generating_memory(run.model, run.batch_size, run.sampling.max_tokens), 1)
     else:
         sharding = Sharding.from_environment()
-        parts, processes = training_memory(run, config, sharding), sharding.processes
-    print(yaml.safe_dump(as_tree(run), sort_keys=False, allow_unicode=True))
-    print(f"Memory on each of {processes} device(s), estimated; {parameter_count(config):,} parameters:")
+        _print_memory(run.model, training_memory(run, _shape(run.model), sharding), sharding.processes)
+
+
+def _shape(model: Model) -> PretrainedConfig:
+    return KNOWN_SHAPES.get(model.path) or load_model_config(model)
+
+
+def _print_memory(model: Model, parts: dict[str, int], processes: int) -> None:
+    count = parameter_count(_shape(model))
+    print(f"Memory on each of {processes} device(s), estimated; {model.path}, {count:,} parameters:")
     for name, size in [*parts.items(), ("peak", peak(parts))]:
         print(f"  {name:<40}{size / 2**30:8.3f} GiB")

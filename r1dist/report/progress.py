@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+METRICS = "metrics.jsonl"
+
 
 class StepLine(TrainerCallback):
     """Prints `columns` (shown name -> logged key) at each log, with the time left.
@@ -14,7 +16,7 @@ class StepLine(TrainerCallback):
     """
 
     def __init__(self, output_dir: str, columns: dict[str, str]):
-        self.metrics = Path(output_dir) / "metrics.jsonl"
+        self.metrics = Path(output_dir) / METRICS
         self.columns = columns
         self.began: tuple[float, int] | None = None
 

@@ -2,21 +2,26 @@
 
 
 def stage_table(stages: list[dict]) -> str:
-    """A row for each entry of `summary.json`'s `stages`, greedy scores first."""
+    """A row for each entry of `summary.json`'s `stages`: greedy scores first, or the rows of its dataset."""
     header = ("stage", "accuracy", "95 % interval", "format", "English", "tokens", "sampled", "seconds")
     rows = [header]
     for stage in stages:
+        if "eval" not in stage:
+            held_out = percent(stage["scores"]["accuracy"]) if "scores" in stage else "-"
+            left = f"{stage['data']['rows']} rows" if "data" in stage else held_out
+            rows.append((stage["name"], left, *["-"] * 5, f"{stage['seconds']:.0f}"))
+            continue
         scores, sampled = stage["eval"], stage["sampled"]
         low, high = scores["ci95"]
         rows.append(
             (
                 stage["name"],
-                _percent(scores["accuracy"]),
-                f"{_percent(low)} to {_percent(high)}",
-                _percent(scores["format"]),
-                _percent(scores["language"]),
+                percent(scores["accuracy"]),
+                f"{percent(low)} to {percent(high)}",
+                percent(scores["format"]),
+                percent(scores["language"]),
                 f"{scores['mean_tokens']:.1f}",
-                _percent(sampled["accuracy"]),
+                percent(sampled["accuracy"]),
                 f"{stage['seconds']:.0f}",
             )
         )
@@ -25,5 +30,6 @@ def stage_table(stages: list[dict]) -> str:
     return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share in words; a dash for None."""
     return "-" if share is None else f"{100 * share:.1f} %"

@@ -24,11 +24,11 @@ def final_answer(completion: str) -> str:
 
 
 def accuracy(completion: str, row: dict) -> float | None:
-    """1 if the final answer equals the row's `answer` mathematically, else 0; None if the gold does not parse.
+    """1 if the final answer equals the row's `answer` mathematically, else 0; None if there is no gold that parses.
 
     Range {0, 1}. Source: DeepSeek-R1 (arXiv 2501.12948), section 2.2.2, "accuracy rewards".
     """
-    gold = _parse(_as_latex(row["answer"]))
+    gold = row["answer"] and _parse(_as_latex(row["answer"]))
     if not gold:
         return None
     return float(verify(gold, _parse(final_answer(completion)), timeout_seconds=SECONDS))

@@ -6,21 +6,25 @@ decoded until its longest completion ends.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from ..config import Model
+from ..models import model_path, stop_ids
 from .protocol import Request, Rollout, Sampling
 
 # Noise is drawn for several positions at once where the vocabulary is small: a call for every row and
@@ -133,6 +137,20 @@ class InProcessEngine:
         length = end or len(ids)
         reason = "length" if end is None else "stop"
         return Rollout(request, ids[:length], logprobs[:length], reason, self.version)
+
+
+def load_engine(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> InProcessEngine:
+    """The engine over `model`, loaded for nothing but to generate, on the GPU if there is one."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model_path(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attn_implementation
+    )
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    @contextmanager
+    def unwrapped():
+        yield loaded
+
+    return InProcessEngine(unwrapped, stop_ids(model, tokenizer), tokenizer.pad_token_id, batch_size)
 
 
 def _warpers(sampling: Sampling) -> list[LogitsProcessor]:

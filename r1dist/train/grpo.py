@@ -5,6 +5,7 @@ their names and signatures against the pinned TRL.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,14 +29,15 @@ from ..parse import trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
 from ..report.traces import TraceRow, TraceWriter
-from ..rewards import Reward, select
+from ..rewards import Scorer, select
 from ..rollout.in_process import InProcessEngine
 from ..rollout.protocol import Engine, Request, Rollout, RolloutsLost, Sampling, sample_seed
 from ..rollout.servers.engine import Policy
 from ..rollout.servers.start import connect, start_managed
 from ..rollout.weights.source import WeightSource
+from .checkpoints import WholeCheckpoints
 from .clock import PhaseClock
-from .shared import computing_dtype, hardware_defaults, lora_config, open_folder, trl_arguments
+from .shared import computing_dtype, hardware_defaults, lora_config, run_folder, trl_arguments
 
 OVERRIDDEN = ("_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
 PROBE_TOKENS = 32
@@ -104,7 +106,7 @@ class _ClockCallback(TrainerCallback):
             self.trainer._metrics["train"][f"seconds/{phase}"].append(seconds)
 
 
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
     """`trl.GRPOTrainer` whose completions come from an `Engine`, with traces and a clock by phase.
 
     Args:
@@ -208,13 +210,15 @@ class GRPOTrainer(trl.GRPOTrainer):
         ]
 
 
-def as_trl_reward(name: str, reward: Reward) -> Callable:
-    """TRL's signature around one of ours, which sees the completion's text and its row."""
+def as_trl_reward(name: str, scorer: Scorer, from_step: int) -> Callable:
+    """TRL's signature around one of ours, which sees completions' texts and their rows."""
 
-    def rewards(prompts, completions, completion_ids, **columns) -> list[float | None]:
+    def rewards(prompts, completions, completion_ids, trainer_state, **columns) -> list[float | None]:
+        if trainer_state.global_step < from_step:
+            return [None] * len(completions)
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         rows = [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(len(texts))]
-        return [reward(text, row) for text, row in zip(texts, rows, strict=True)]
+        return scorer(texts, rows)
 
     rewards.__name__ = name
     return rewards
@@ -261,16 +265,19 @@ def arguments_of(run: GRPORun) -> trl.GRPOConfig:
         trl.GRPOConfig,
         **hardware_defaults(run.trl),
         model_init_kwargs=model_init_kwargs(run.model),
-        reward_weights=list(run.rewards.values()),
+        reward_weights=[reward.weight for reward in run.rewards.values()],
         remove_unused_columns=False,
     )
 
 
 def build(
-    run: GRPORun, arguments: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+    run: GRPORun,
+    arguments: trl.GRPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    scorers: dict[str, Scorer],
 ) -> GRPOTrainer:
     """The trainer of `run`, ready to train."""
-    rewards = select(run.rewards)
     if run.rollout.engine == "vllm":
         probe = prompt_ids(tokenizer, dataset[0]["prompt"])
         dtype = run.rollout.serve.dtype
@@ -282,7 +289,7 @@ def build(
         make_engine=make_engine,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
         model=model_path(run.model),
-        reward_funcs=[as_trl_reward(name, reward) for name, reward in rewards.items()],
+        reward_funcs=[as_trl_reward(name, score, run.rewards[name].from_step) for name, score in scorers.items()],
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -294,16 +301,16 @@ def build(
 
 def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
-    select(run.rewards)
     set_up_process()
+    # Before TRL's arguments: once they have told transformers of ZeRO 3, a reward model would be sharded, too.
+    scorers = select(run.rewards)
     tokenizer = load_tokenizer(run.model)
     context = load_model_config(run.model).max_position_embeddings
     completion = trl_value(run, "max_completion_length")
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, completion)
     arguments = arguments_of(run)
-    checkpoint = open_folder(run, "grpo")
-    with managed_servers(run, arguments, dataset):
-        trainer = build(run, arguments, tokenizer, dataset)
+    with run_folder(run, "grpo") as checkpoint, managed_servers(run, arguments, dataset):
+        trainer = build(run, arguments, tokenizer, dataset, scorers)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except RolloutsLost as error:
@@ -324,7 +331,8 @@ def managed_servers(run: GRPORun, arguments: trl.GRPOConfig, dataset: Dataset) -
         return
     tokens = max(dataset["prompt_length"]) + arguments.max_completion_length
     dtype = computing_dtype(arguments, run.model.dtype)
-    servers = start_managed(run.rollout, model_path(run.model), dtype, tokens, servers_folder(run))
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    servers = start_managed(run.rollout, model_path(run.model), dtype, tokens, servers_folder(run), trainers)
     try:
         yield
     finally:

@@ -8,11 +8,16 @@ from ..models import load_tokenizer, model_init_kwargs, model_path
 from ..parse import trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
-from .shared import hardware_defaults, open_folder, trl_arguments
+from .checkpoints import WholeCheckpoints
+from .shared import hardware_defaults, run_folder, trl_arguments
 
 COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
 # Packing joins rows to blocks of max_length; the loss falls on completions only.
 DEFAULTS = {"packing": True, "completion_only_loss": True}
+
+
+class SFTTrainer(WholeCheckpoints, trl.SFTTrainer):
+    """TRL's, with marked checkpoints."""
 
 
 def train(run: SFTRun) -> None:
@@ -25,11 +30,11 @@ def train(run: SFTRun) -> None:
         **{**DEFAULTS, **hardware_defaults(run.trl)},
         model_init_kwargs=model_init_kwargs(run.model),
     )
-    checkpoint = open_folder(run, "sft")
-    trainer = trl.SFTTrainer(
-        model=model_path(run.model), args=arguments, train_dataset=dataset, processing_class=tokenizer
-    )
-    show_progress(trainer, COLUMNS)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.accelerator.end_training()  # as in grpo.py
+    with run_folder(run, "sft") as checkpoint:
+        trainer = SFTTrainer(
+            model=model_path(run.model), args=arguments, train_dataset=dataset, processing_class=tokenizer
+        )
+        show_progress(trainer, COLUMNS)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.accelerator.end_training()  # as in grpo.py

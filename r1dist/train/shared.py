@@ -1,17 +1,20 @@
 """What every trainer of this project decides about TRL's arguments."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..config import GRPORun, Lora, SFTRun
+from ..config import GRPORun, Lora, RewardModelRun, SFTRun
 from ..errors import UserError
-from ..files import claim
+from ..files import check_folder, owned, sign
 from ..parse import as_tree
+from .checkpoints import go_back
 
 
 def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -51,18 +54,22 @@ def trl_arguments(config_class: type, **values: Any) -> Any:
         raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
 
 
-def open_folder(run: GRPORun | SFTRun, launcher: str) -> str | None:
-    """Claim the run's folder; with `resume`, return its newest checkpoint.
+@contextmanager
+def run_folder(run: GRPORun | SFTRun | RewardModelRun, launcher: str) -> Iterator[str | None]:
+    """The run's folder, claimed for as long as the context lasts; with `resume`, yields its newest checkpoint.
 
     All ranks wait for the first one's claim: a file that another rank wrote before it would look like
-    somebody else's. Call it after TRL's arguments are built, which join the process group. Raises `UserError`.
+    somebody else's. Enter it after TRL's arguments are built, which join the process group. Raises `UserError`.
     """
-    folder = run.trl["output_dir"]
-    claim(folder, launcher, as_tree(run), run.resume)
-    PartialState().wait_for_everyone()
-    if not run.resume:
-        return None
-    checkpoint = get_last_checkpoint(folder)
-    if checkpoint is None:
-        raise UserError(f"output_dir {folder} holds no checkpoint yet. Remove it and start again without --resume.")
-    return checkpoint
+    folder = Path(run.trl["output_dir"])
+    first = PartialState().is_main_process
+    if first:
+        check_folder(folder, run.resume)
+    with owned(folder) if first else nullcontext():
+        if first and not run.resume:
+            sign(folder, launcher, as_tree(run))
+        PartialState().wait_for_everyone()
+        checkpoint = go_back(folder) if run.resume else None
+        if run.resume and checkpoint is None:
+            raise UserError(f"output_dir {folder} holds no whole checkpoint. Remove it; start again without --resume.")
+        yield checkpoint

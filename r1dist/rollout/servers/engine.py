@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,14 +26,15 @@ from .endpoints import Roster
 logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 1.0
+UNTOUCHED = "default"  # what vLLM calls the weights that a server came up with
 
 
 @dataclass(frozen=True)
 class Policy:
     """What the engine needs of the trainer."""
 
-    score: Callable[[list[int]], list[float]]
-    """The policy's logprob of each token but the first, at temperature 1. A collective."""
+    score: Callable[[list[int]], list[float]] | None
+    """The policy's logprob of each token but the first, at temperature 1. A collective. None: nobody trains."""
     probe: list[int]
     """A prompt on which servers and trainer are compared."""
     probe_tokens: int
@@ -55,11 +56,11 @@ class ServerEngine:
     Args:
         settings: The YAML's `rollout`.
         roster: Which servers there are.
-        transport: How they are given weights.
+        transport: How they are given weights; None for servers that keep their own (`adopt`).
         policy: The trainer's side.
     """
 
-    def __init__(self, settings: RolloutSettings, roster: Roster, transport: Transport, policy: Policy):
+    def __init__(self, settings: RolloutSettings, roster: Roster, transport: Transport | None, policy: Policy):
         self.settings = settings
         self.roster = roster
         self.transport = transport
@@ -96,6 +97,11 @@ class ServerEngine:
         if self.first:
             self._start_keeper()
 
+    def adopt(self) -> None:
+        """Use the weights that the servers came up with. Raises `RolloutsLost` if none comes up."""
+        self._together(self._wait_for_servers)
+        self._label, self.version = UNTOUCHED, 0
+
     def stream(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
         self._wake()
         finished: queue.SimpleQueue = queue.SimpleQueue()
@@ -131,7 +137,8 @@ class ServerEngine:
         self._stop_keeper()
         self._wait(self._session.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self.transport.close()
+        if self.transport is not None:
+            self.transport.close()
 
     # Weights: on the first rank, for all servers at once after a step, for one whenever it comes back.
 
@@ -151,7 +158,7 @@ class ServerEngine:
     async def _give_to_all(self) -> list[int]:
         """Give the weights to every server that is up; returns the tokens to compare on."""
         await self._refresh()
-        given = await asyncio.gather(*(self._attempt(lane, self._give(lane)) for lane in self._up()))
+        given = await asyncio.gather(*(self._attempt(lane, self._give) for lane in self._up()))
         for lane in [lane for lane in given if lane is not None and self.policy.probe_tokens]:
             drawing = Sampling(max_tokens=self.policy.probe_tokens)
             with suppress(ServerError):
@@ -170,7 +177,7 @@ class ServerEngine:
     async def _check_all(self) -> None:
         holding = [lane for lane in self.lanes.values() if lane.version == self._label]
         self._logp_diff = None
-        await asyncio.gather(*(self._attempt(lane, self._check(lane)) for lane in holding))
+        await asyncio.gather(*(self._attempt(lane, self._check) for lane in holding))
 
     async def _check(self, lane: Lane) -> None:
         """Compare the logprobs of the drawn tokens. Raises `RolloutsLost` above the bound (NaN included)."""
@@ -205,7 +212,7 @@ class ServerEngine:
             for lane in self._up():
                 busy = lane.name in self._tending and not self._tending[lane.name].done()
                 if not busy and time.monotonic() >= lane.not_before:
-                    self._tending[lane.name] = asyncio.create_task(self._attempt(lane, self._tend(lane)))
+                    self._tending[lane.name] = asyncio.create_task(self._attempt(lane, self._tend))
             await asyncio.sleep(KEEP_SECONDS)
 
     async def _tend(self, lane: Lane) -> None:
@@ -239,10 +246,10 @@ class ServerEngine:
                 lane.client = Client(self._session, server.url, endpoints.token)
                 lane.version, lane.not_before = None, 0.0
 
-    async def _attempt(self, lane: Lane, doing: Coroutine) -> Lane | None:
+    async def _attempt(self, lane: Lane, act: Callable[[Lane], Awaitable]) -> Lane | None:
         """The lane if it worked; a server's error takes the server out and is counted."""
         try:
-            await doing
+            await act(lane)
         except ServerError as error:
             self.counts[f"errors/{error.kind}"] += 1
             lane.failed(error)
@@ -277,8 +284,10 @@ class ServerEngine:
             self._asleep = False
 
     async def _tell_all(self, path: str) -> None:
-        telling = (lane.client.call("POST", path, timeout=self.settings.request_timeout) for lane in self._up())
-        await asyncio.gather(*map(self._attempt, self._up(), telling))
+        def tell(lane: Lane) -> Awaitable:
+            return lane.client.call("POST", path, timeout=self.settings.request_timeout)
+
+        await asyncio.gather(*(self._attempt(lane, tell) for lane in self._up()))
 
     def _wait(self, coroutine: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

@@ -11,6 +11,7 @@ import torch
 from ...config import Rollout, Serve, ServeRun
 from ...errors import UserError
 from ...models import model_path
+from ..protocol import RolloutsLost
 from ..weights.source import WeightSource
 from ..weights.transports import FileTransport, GPUTransport, Transport
 from .endpoints import Roster
@@ -84,27 +85,47 @@ def require_vllm() -> None:
         )
 
 
-def start_managed(rollout: Rollout, model: str, dtype: str, tokens: int, folder: Path) -> ManagedServers:
-    """Start this run's own servers, on its first rank; they come up while the trainer is built."""
+def start_managed(
+    rollout: Rollout, model: str, dtype: str, tokens: int, folder: Path, trainers: int
+) -> ManagedServers:
+    """Start this run's own servers, on its first rank; they come up while the trainer is built.
+
+    `trainers`: processes of this machine that train, each on a GPU of its own where there are any.
+    """
     require_vllm()
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     serve, transport = plan_servers(rollout, dtype, tokens, torch.cuda.device_count(), trainers)
     return ManagedServers(serve, model, transport, folder, rollout.weights_folder)
 
 
 def connect(rollout: Rollout, folder: Path, source: WeightSource, policy: Policy, world_size: int) -> ServerEngine:
     """The engine over the servers that `rollout.servers` names. Every rank calls it."""
-    managed = endpoints_path(folder) if rollout.servers == "managed" else None
-    deadline = time.monotonic() + FILE_APPEARS_SECONDS
-    while managed is not None and not managed.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    roster = Roster(rollout, managed)
+    roster = _roster(rollout, folder)
     transport = roster.read().transport
     if rollout.transport not in ("auto", transport):
         raise UserError(
             f"rollout.transport: {rollout.transport} is asked for, but the servers were started for {transport}."
         )
     return ServerEngine(rollout, roster, _transport(rollout, transport, source, policy, world_size), policy)
+
+
+def connect_resident(rollout: Rollout, folder: Path, stop_ids: list[int]) -> ServerEngine:
+    """The engine over those servers with the weights that they came up with. Raises `RolloutsLost`."""
+    policy = Policy(score=None, probe=[], probe_tokens=0, stop_ids=stop_ids, rank=0, share=lambda value: value)
+    engine = ServerEngine(rollout, _roster(rollout, folder), None, policy)
+    try:
+        engine.adopt()
+    except RolloutsLost:
+        engine.close()
+        raise
+    return engine
+
+
+def _roster(rollout: Rollout, folder: Path) -> Roster:
+    managed = endpoints_path(folder) if rollout.servers == "managed" else None
+    deadline = time.monotonic() + FILE_APPEARS_SECONDS
+    while managed is not None and not managed.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return Roster(rollout, managed)
 
 
 def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy, world_size: int) -> Transport:

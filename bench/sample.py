@@ -1,0 +1,82 @@
+"""Rejection sampling against the engine that it stands on: `python bench/sample.py [--rounds 3] [--prompts 256]`.
+
+One vLLM server with the embedded base model, the same prompts, seeds and bounds, alternating in one run: the
+engine's own tokens per second, and those of `launch/sample.py`'s loop, which also verifies every sample and
+writes it to the journal. Progress goes to stderr, one JSON object to stdout.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from r1dist.config import Data, Model, Prompting, Rollout, SampleRun, Source, Way
+from r1dist.config import Sampling as SamplingSettings
+from r1dist.curate.draw import fill, requests_of, way_prompts
+from r1dist.files import read_lines
+from r1dist.models import load_tokenizer
+from r1dist.process import set_up_process
+from r1dist.rollout.fixed import fixed_engine
+from r1dist.rollout.protocol import Sampling, generate
+
+SAMPLES, MAX_TOKENS = 8, 112
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=256)
+    wish = parser.parse_args()
+    set_up_process()
+    way = Way(
+        name="bench",
+        model=Model(path="tiny"),
+        data=Data(sources=[Source(path="tiny", limit=wish.prompts)]),
+        prompting=Prompting(prefill="<think>"),
+        sampling=SamplingSettings(samples=SAMPLES, max_tokens=MAX_TOKENS),
+    )
+    run = SampleRun(output_dir="unused", ways=[way], rollout=Rollout(engine="vllm"))
+    tokenizer = load_tokenizer(way.model)
+    prompts = way_prompts(way, tokenizer)
+    requests = requests_of(run, 0, prompts, tokenizer)
+    rates: dict[str, list[float]] = {"engine": [], "sampling": []}
+    with (
+        tempfile.TemporaryDirectory() as name,
+        fixed_engine(run.rollout, way.model, tokenizer, 256, Path(name)) as engine,
+    ):
+        generate(engine, requests, Sampling(MAX_TOKENS))  # the first one warms up
+        for number in range(wish.rounds):
+            began = time.perf_counter()
+            rollouts = generate(engine, requests, Sampling(MAX_TOKENS))
+            rates["engine"].append(sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - began))
+            journal = Path(name) / f"{number}.jsonl"
+            began = time.perf_counter()
+            fill(run, 0, prompts, engine, tokenizer, journal, set())
+            seconds = time.perf_counter() - began
+            rates["sampling"].append(
+                sum(s["tokens"] for line in read_lines(journal) for s in line["samples"]) / seconds
+            )
+            print({key: round(values[-1]) for key, values in rates.items()}, file=sys.stderr)
+    ratios = [ours / engines for ours, engines in zip(rates["sampling"], rates["engine"], strict=True)]
+    result = {
+        "bench": "sample",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "samples": len(requests),
+        "throughput_ratio": {
+            "value": round(statistics.median(ratios), 3),
+            "all": [round(ratio, 3) for ratio in ratios],
+            "aim": 0.9,
+            "better": "higher",
+        },
+        "tokens_per_second": {key: round(statistics.median(values)) for key, values in rates.items()},
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

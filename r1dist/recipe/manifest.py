@@ -1,0 +1,92 @@
+"""What was done, with what, and what came of it; and the digests that tell whether it still holds."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import write_json
+from ..tiny import BASE_DIR
+from .graph import Step
+
+MANIFEST = "manifest.json"
+# What makes a model the model that it is; checkpoints, traces and logs beside it do not.
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
+# Written by every run beside its model: a record of the run, not a part of what it leaves.
+RECORDS = ("run.json", "metrics.jsonl", "report.json", "trainer_state.json")
+# Fields that change nothing about what a step leaves.
+INDIFFERENT = ("output_dir", "output", "dry_run", "resume")
+
+
+class Manifest:
+    """The record of each step, by its name; every change is on the disk at once, whole.
+
+    Raises `UserError` for a damaged file.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / MANIFEST
+        self.steps: dict[str, dict] = {}
+        if self.path.exists():
+            try:
+                self.steps = json.loads(self.path.read_text(encoding="utf-8"))["steps"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path} is damaged. Put back a copy; or remove it, and the stages' folders with it, "
+                    "to start again."
+                ) from error
+
+    def write(self, name: str, record: dict) -> None:
+        self.steps[name] = record
+        write_json(self.path, {"steps": self.steps})
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's model (all files of a folder that holds none)."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = {file for pattern in MODEL_FILES for file in path.glob(pattern)}
+    files = {file for file in files if file.name not in RECORDS} or {f for f in path.rglob("*") if f.is_file()}
+    parts = [f"{file.relative_to(path)}:{digest(file)}" for file in sorted(files)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def inputs_of(step: Step) -> dict[str, str]:
+    """The digest of each file or folder that the step's configuration names, by the field that names it."""
+    fields = list(_fields(step.config))
+    named = {field: Path(value) for field, value in fields if _is_path(field, value)}
+    named |= {field: BASE_DIR for field, value in fields if field.endswith("model.path") and value == "tiny"}
+    if step.accelerate is not None:
+        named["accelerate"] = Path(step.accelerate)
+    return {field: digest(path) for field, path in named.items()}
+
+
+def settings_of(step: Step, inputs: dict[str, str]) -> dict[str, Any]:
+    """The configuration's other fields, by their dotted names."""
+    return {field: value for field, value in _fields(step.config) if field not in inputs}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the fields that are not the same in both."""
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def _is_path(field: str, value: Any) -> bool:
+    # Where rollouts come from changes nothing about what is asked, and /dev/shm is no input.
+    if not isinstance(value, str) or field.startswith("rollout."):
+        return False
+    return ("/" in value or "." in value) and Path(value).exists()
+
+
+def _fields(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        name = f"{prefix}{key}"
+        if name in INDIFFERENT:
+            continue
+        if isinstance(value, dict | list) and value:
+            yield from _fields(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,66 @@
+"""Rewards by a trained model: how helpful the summary is, how safe the whole response.
+
+Source: DeepSeek-R1 (arXiv 2501.12948), section 2.3.4: helpfulness is judged on the final summary alone, so that
+the reasoning is left in peace; safety on the whole response, reasoning included.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from .accuracy import final_answer
+
+BATCH = 64
+
+
+def judged_part(name: str, completion: str) -> str:
+    """What the reward model `name` reads of a completion."""
+    return final_answer(completion).strip() if name == "helpfulness" else completion
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, problem: str, reply: str) -> list[int]:
+    """The token ids of a question and its reply, as reward models are trained on and asked with."""
+    turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": reply}]
+    return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+
+
+class ModelReward:
+    """Scores by the reward model in `folder`.
+
+    `helpfulness`: the model's logit, any real number; only differences mean something (Bradley-Terry).
+    `safety`: the probability that the response is safe, in (0, 1).
+
+    Raises `UserError` if the folder holds no such model.
+    """
+
+    def __init__(self, name: str, folder: str):
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(f"rewards.{name}.model: {folder} holds no reward model; launch/reward_model.py makes one.")
+        self.name = name
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        if torch.cuda.is_available():
+            self.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], rows: list[dict]) -> list[float]:
+        ids = [
+            conversation_ids(self.tokenizer, row["problem"], judged_part(self.name, text))
+            for text, row in zip(texts, rows, strict=True)
+        ]
+        # Of like length together: less padding.
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        scores = [0.0] * len(ids)
+        for begin in range(0, len(order), BATCH):
+            places = order[begin : begin + BATCH]
+            batch = self.tokenizer.pad(
+                {"input_ids": [ids[i] for i in places]}, padding_side="right", return_tensors="pt"
+            )
+            logits = self.model(**batch.to(self.model.device)).logits[:, 0].float()
+            values = logits.sigmoid() if self.name == "safety" else logits
+            for place, value in zip(places, values.tolist(), strict=True):
+                scores[place] = value
+        return scores
