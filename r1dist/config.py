@@ -32,7 +32,7 @@ class Model:
     """Which weights to start from."""
 
     path: str
-    """A hub id, a local folder, or `tiny` for the embedded base model."""
+    """A hub id, a local folder, or one of the embedded base models, `tiny` and `tiny-small`."""
     tokenizer: str | None = None
     """Where the tokenizer lies, if not beside the weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -413,6 +413,27 @@ class Stage:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class Goal:
+    """What a stage is there to do, as a number of `summary.json`. Exactly one of the last four is given."""
+
+    stage: str
+    score: str = Field(pattern=r"^(?:eval|sampled|requests|scores)\.\w+$")
+    """`eval.` (greedy), `sampled.`, `requests.` or `scores.`, and a field there, as in `eval.accuracy`."""
+    above: str | None = None
+    """The stage whose score it must exceed, with intervals apart where the score has one."""
+    below: str | None = None
+    """The stage whose score it must stay under, with intervals apart where the score has one."""
+    not_below: str | None = None
+    """The stage whose score it may fall short of by `within`, or down to the end of that score's interval."""
+    at_least: float | None = None
+    """The least that it may be."""
+    within: float = Field(default=0.0, ge=0)
+    """For `not_below`."""
+    note: str | None = None
+    """What a reader should know of it."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class PipelineRun:
     """`launch/pipeline.py`: a graph of stages, each model evaluated. What is done already is not done again."""
 
@@ -422,6 +443,8 @@ class PipelineRun:
     """The YAML for `launch/evaluate.py`, run after each stage that leaves a model."""
     accelerate: str
     """The Accelerate configuration that the training stages are launched with."""
+    goals: list[Goal] = Field(default_factory=list)
+    """What the stages are measured against, in the terminal, `summary.json` and the page."""
     seed: int = 0
     """Seed of every stage that trains or samples."""
     engine: Literal["transformers", "vllm"] | None = None

@@ -7,12 +7,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from .config import Model
 from .errors import UserError
-from .tiny import BASE_DIR
+from .tiny import EMBEDDED
 
 
 def model_path(model: Model) -> str:
-    """Where the weights lie: `tiny` is the embedded base."""
-    return str(BASE_DIR) if model.path == "tiny" else model.path
+    """Where the weights lie: `tiny` and `tiny-small` are the embedded bases."""
+    return str(EMBEDDED.get(model.path, model.path))
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:

@@ -6,7 +6,8 @@ import re
 
 from r1dist.report.page import write_page
 
-SCORES = {"accuracy": 0.5, "ci95": [0.4, 0.6], "format": 1.0, "language": 0.25, "mean_tokens": 12.5}
+SCORES = {"accuracy": 0.5, "ci95": [0.4, 0.6], "format": 1.0, "language": 0.25, "language_ci95": [0.2, 0.3]}
+SCORES |= {"mean_tokens": 12.5}
 REQUESTS = {"answered": 0.5, "declined": None, "as_reference": 0.1, "helpfulness": 1.25, "safety": None}
 
 
@@ -46,12 +47,14 @@ def test_the_page_has_every_stage_and_loads_nothing(tmp_path):
         row = {"problem": "1 < 2?", "kind": "math", "text": f"<think>{name}</think><script>alert(1)</script>"}
         (tmp_path / "evaluations" / f"{name}.completions.jsonl").write_text(json.dumps(row) + "\n")
     edges = [("base", "cold"), ("cold", "last"), ("judge", "last"), ("base", "absent")]
-    text = write_page(tmp_path, {"seed": 5, "stages": stages}, edges).read_text()
+    goals = [{"stage": "last", "said": "last < base", "met": False, "note": "Too <small>."}]
+    text = write_page(tmp_path, {"seed": 5, "stages": stages, "goals": goals}, edges).read_text()
     parser = Balanced()
     parser.feed(text)
     assert not parser.open
     for stage in stages:
         assert text.count(f">{stage['name']}<") >= 1
     assert "3 language, 2 cut off" in text and "last: mean reward" in text and "90.0 % right, held out" in text
+    assert "last &lt; base<br><small>Too &lt;small&gt;.</small>" in text and "<b>missed</b>" in text
     assert "<script" not in text and "&lt;script&gt;" in text and "1 &lt; 2?" in text
     assert not re.search(r"(?:src|href)=|https?://|@import|url\(", text)

@@ -14,6 +14,7 @@ QWEN = ROOT / "configs/recipes/qwen2.5-0.5b"
 def test_parameters_are_counted_exactly(base_model):
     assert parameter_count(base_model.config) == sum(p.numel() for p in base_model.parameters())
     assert parameter_count(KNOWN_SHAPES["Qwen/Qwen2.5-0.5B"]) == 494_032_768
+    assert parameter_count(KNOWN_SHAPES["Qwen/Qwen2.5-7B"]) == 7_615_616_512
 
 
 def test_lasting_parts_are_what_torch_holds(base_model, small_grpo):
@@ -73,6 +74,13 @@ def test_the_qwen_recipes_fit_the_gpus_they_name():
         run = parse(run_class, ["--config", str(QWEN / f"{name}.yaml"), "--bf16"])
         # 2 GB for the CUDA context, the allocator and the display.
         assert peak(training_memory(run, shape, sharding)) < (gigabytes - 2) * 1e9, name
+
+
+def test_the_7b_recipes_fit_eight_gpus_of_80_gb():
+    shape = KNOWN_SHAPES["Qwen/Qwen2.5-7B"]
+    for name, run_class in (("r1_zero", GRPORun), ("reasoning_rl", GRPORun), ("sft_full", SFTRun)):
+        run = parse(run_class, ["--config", str(QWEN.parent / "qwen2.5-7b" / f"{name}.yaml"), "--bf16"])
+        assert peak(training_memory(run, shape, Sharding(8, 3))) < 75e9, name
 
 
 def test_dry_runs_need_no_hub_and_write_nothing(tmp_path):

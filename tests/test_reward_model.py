@@ -53,7 +53,7 @@ def test_they_learn_and_are_measured_on_rows_held_out(trained):
 
 def test_helpfulness_reads_the_summary_alone_and_safety_everything(trained):
     helpfulness, safety = (ModelReward(name, str(trained / name)) for name in ("helpfulness", "safety"))
-    texts = [talk.response(thought, "Hello Ann!") for thought in ("This does harm.", "A greeting.")]
+    texts = [talk.response(thought, "Hello!") for thought in ("This does harm.", "A greeting.")]
     one, other = helpfulness(texts, [ROW, ROW])
     assert one == pytest.approx(other, abs=1e-5)
     assert helpfulness([talk.response("A greeting.", "")], [ROW])[0] < one
@@ -73,7 +73,7 @@ def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained):
     rewards = {"safety": Reward(model=str(trained / "safety"), kinds=["talk"]), "accuracy": Reward(kinds=["math"])}
     scorers = select(rewards)
     rows = [ROW, {"problem": "1+1?", "answer": "2", "kind": "math"}]
-    texts = [talk.response("A greeting.", "Hello Ann!"), "<answer>2</answer>"]
+    texts = [talk.response("A greeting.", "Hello!"), "<answer>2</answer>"]
     scores = {name: scorer(texts, rows) for name, scorer in scorers.items()}
     assert scores["accuracy"] == [None, 1.0] and scores["safety"][1] is None and 0 < scores["safety"][0] < 1
 

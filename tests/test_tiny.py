@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 from conftest import ROOT
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from r1dist.config import EvaluateRun
 from r1dist.data.prompts import prompt_dataset
@@ -16,18 +17,20 @@ from r1dist.parse import parse
 from r1dist.rewards.language import language_share
 from r1dist.rollout.in_process import load_engine
 from r1dist.rollout.protocol import Sampling
-from r1dist.tiny import BASE_DIR
-from r1dist.tiny.build import PHASES, BuildConfig, fingerprint
+from r1dist.tiny import EMBEDDED, talk
+from r1dist.tiny.build import CONFIGS, PHASES, BuildConfig, fingerprint
 from r1dist.tiny.corpus import FIRST_HABITS, LAST_HABITS, chat_prompt, documents
 from r1dist.tiny.problems import Problem, generate
 from r1dist.tiny.worked import rows
 
 
-def test_code_and_file_have_not_parted():
-    with safe_open(BASE_DIR / "model.safetensors", "pt") as file:
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_code_and_file_have_not_parted(name):
+    with safe_open(EMBEDDED[name] / "model.safetensors", "pt") as file:
         made_by = file.metadata()
-    assert json.loads(made_by["build"]) == json.loads(json.dumps(asdict(BuildConfig())))
-    assert made_by["fingerprint"] == fingerprint(BuildConfig()), "r1dist/tiny has changed: rebuild with `make base`"
+    config = CONFIGS[name]
+    assert json.loads(made_by["build"]) == json.loads(json.dumps(asdict(config)))
+    assert made_by["fingerprint"] == fingerprint(config), "r1dist/tiny has changed: rebuild with `make base`"
 
 
 def test_another_configuration_has_another_fingerprint():
@@ -36,7 +39,9 @@ def test_another_configuration_has_another_fingerprint():
 
 def test_size(base_model):
     assert 1e6 <= base_model.num_parameters() <= 3e6
-    assert sum(file.stat().st_size for file in BASE_DIR.iterdir()) <= 6e6
+    assert sum(file.stat().st_size for folder in EMBEDDED.values() for file in folder.iterdir()) <= 6e6
+    small = AutoModelForCausalLM.from_pretrained(EMBEDDED["tiny-small"])
+    assert small.num_parameters() < base_model.num_parameters() / 3
     assert base_model.config.model_type == "qwen2"
 
 
@@ -58,6 +63,13 @@ def test_the_corpus_holds_no_test_problem(habits):
     for text in itertools.islice(documents(0, habits), 3000):
         start, operations = re.search(r"Start with (\d), then ([^:.]*)[:.]", text).groups()
         assert Problem(int(start), tuple(operations.split())).split == "train"
+
+
+def test_the_prose_holds_no_test_request_and_no_refusal():
+    texts = list(itertools.islice(talk.prose(0), 3000))
+    for request in talk.questions(0, "test", unsafe=None):
+        assert not any(text.startswith(request.question) for text in texts)
+    assert not any(talk.DECLINED in text or talk.USELESS in text for text in texts)
 
 
 def test_answers_cannot_be_guessed():

@@ -32,8 +32,8 @@ class Scores:
     """What one way of sampling came to.
 
     `accuracy` is pass@1 averaged over problems and samples, `ci95` its interval over problems. `format` and
-    `finished` are shares of completions, `language` the mean share of words in the target language (None if
-    no completion holds a word), `mean_tokens` the mean length.
+    `finished` are shares of completions, `language` the mean share of words in the target language, with its
+    interval over problems (both None if no completion holds a word), `mean_tokens` the mean length.
     """
 
     problems: int
@@ -44,6 +44,7 @@ class Scores:
     format: float
     finished: float
     language: float | None
+    language_ci95: tuple[float, float] | None
     mean_tokens: float
 
 
@@ -101,7 +102,9 @@ def _scores(rollouts: list[Rollout], texts: list[str], rows: list[dict], samples
         raise UserError("data.sources: no gold answer parses; set `answer` or `answer_format` of the source.")
     if len(rates) < len(by_problem):
         logger.warning("%d gold answers do not parse; those problems are left out", len(by_problem) - len(rates))
-    shares = [share for share in (language_share(text, target) for text in texts) if share is not None]
+    shares = [language_share(text, target) for text in texts]
+    spoken = [[s for s in shares[i : i + samples] if s is not None] for i in range(0, len(shares), samples)]
+    in_target = [fmean(shares) for shares in spoken if shares]
     return Scores(
         problems=len(by_problem),
         samples=samples,
@@ -110,6 +113,7 @@ def _scores(rollouts: list[Rollout], texts: list[str], rows: list[dict], samples
         ci95=clustered_interval(rates),
         format=fmean(has_format(text) for text in texts),
         finished=fmean(rollout.finish_reason == "stop" for rollout in rollouts),
-        language=fmean(shares) if shares else None,
+        language=fmean(in_target) if in_target else None,
+        language_ci95=clustered_interval(in_target) if in_target else None,
         mean_tokens=fmean(len(rollout.token_ids) for rollout in rollouts),
     )

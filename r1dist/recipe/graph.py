@@ -123,6 +123,15 @@ class Graph:
                         f"there are {', '.join(self.stages)}."
                     )
 
+        for goal in self.run.goals:
+            bounds = [goal.above, goal.below, goal.not_below, goal.at_least]
+            if sum(bound is not None for bound in bounds) != 1:
+                what = f"goals: `{goal.score}` of `{goal.stage}`"
+                raise UserError(f"{what} needs one of `above`, `below`, `not_below` and `at_least`.")
+            for name in (goal.stage, *bounds[:3]):
+                if name is not None and name not in self.stages:
+                    raise UserError(f"goals: there is no stage `{name}`; there are {', '.join(self.stages)}.")
+
     def _ordered(self, steps: list[Step]) -> dict[str, Step]:
         """By name, each after what it needs; of those that are free an evaluation, then the YAML's first."""
         by_name = {step.name: step for step in steps}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_json
-from ..tiny import BASE_DIR
+from ..tiny import EMBEDDED
 from .graph import Step
 
 MANIFEST = "manifest.json"
@@ -58,7 +58,7 @@ def inputs_of(step: Step) -> dict[str, str]:
     """The digest of each file or folder that the step's configuration names, by the field that names it."""
     fields = list(_fields(step.config))
     named = {field: Path(value) for field, value in fields if _is_path(field, value)}
-    named |= {field: BASE_DIR for field, value in fields if field.endswith("model.path") and value == "tiny"}
+    named |= {field: EMBEDDED[value] for field, value in fields if field.endswith("model.path") and value in EMBEDDED}
     if step.accelerate is not None:
         named["accelerate"] = Path(step.accelerate)
     return {field: digest(path) for field, path in named.items()}

@@ -19,7 +19,8 @@ from typing import Literal
 from ..errors import StageFailed, UserError
 from ..files import WHOLE, owned, versions, write_json
 from ..report.page import write_page
-from ..report.table import stage_table
+from ..report.table import goals_list, stage_table
+from .goals import judge
 from .graph import EVALUATION, Graph, Step
 from .manifest import Manifest, differences, digest, inputs_of, settings_of
 
@@ -73,6 +74,7 @@ class Runner:
                 summary = self._summarise()
                 if step.name.endswith(EVALUATION):
                     print(stage_table(summary["stages"]), flush=True)
+            print(goals_list(summary["goals"]), flush=True)
             write_page(self.folder, summary, self.graph.edges())
             return summary
 
@@ -199,7 +201,9 @@ class Runner:
                 measured = self.folder / stage.name / "evaluation.json"
                 entry |= {"scores": json.loads(measured.read_text())} if measured.exists() else {}
             stages.append(entry)
-        summary = {"seed": self.graph.run.seed, "stages": stages}
+        by_name = {stage["name"]: stage for stage in stages}
+        goals = [judged for goal in self.graph.run.goals if (judged := judge(goal, by_name)) is not None]
+        summary = {"seed": self.graph.run.seed, "stages": stages, "goals": goals}
         write_json(self.folder / "summary.json", summary)
         return summary
 

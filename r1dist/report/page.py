@@ -22,7 +22,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .scroll { overflow-x: auto; max-width: 100% }
 table { border-collapse: collapse; font-size: .9rem } th, td { padding: .35rem .7rem; text-align: right;
-  border-bottom: 1px solid var(--faint); white-space: nowrap } th:first-child, td:first-child { text-align: left }
+  border-bottom: 1px solid var(--faint); white-space: nowrap }
+td.words { white-space: normal } th:first-child, td:first-child { text-align: left }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 1rem }
 figure { margin: 0; background: var(--card); padding: .7rem; border-radius: 8px; min-width: 0 }
 figure svg { width: 100%; height: auto } figcaption { font-size: .85rem }
@@ -50,6 +51,7 @@ def write_page(folder: Path, summary: dict, edges: list[tuple[str, str]]) -> Pat
         "<h2>What was done</h2><div class='scroll'>",
         svg.graph(nodes, [edge for edge in edges if set(edge) <= there]),
         "</div>",
+        _goals(summary["goals"]),
         _tables(stages),
         _comparisons(stages),
         _curves(folder, stages),
@@ -87,6 +89,15 @@ def _in_a_line(stage: dict) -> str:
     return f"{percent(stage['scores']['accuracy'])} right, held out" if "scores" in stage else stage["kind"]
 
 
+def _goals(goals: list[dict]) -> str:
+    rows = ""
+    for goal in goals:
+        note = f"<br><small>{escape(goal['note'])}</small>" if "note" in goal else ""
+        state = "met" if goal["met"] else "<b>missed</b>"
+        rows += f"<tr><td class='words'>{escape(goal['said'])}{note}</td><td>{state}</td></tr>"
+    return f"<h2>What each stage is there for</h2><table>{rows}</table>" if rows else ""
+
+
 def _tables(stages: list[dict]) -> str:
     head = ("stage", "accuracy", "95 %", "format", "language", "tokens", "sampled", "seconds")
     rows = []
@@ -112,9 +123,12 @@ def _tables(stages: list[dict]) -> str:
 def _comparisons(stages: list[dict]) -> str:
     rated = [stage for stage in stages if "eval" in stage]
     accuracy = [(s["name"], s["eval"]["accuracy"], s["eval"]["ci95"]) for s in rated]
-    language = [(s["name"], s["eval"]["language"], None) for s in rated if s["eval"]["language"] is not None]
+    spoke = [stage["sampled"] | {"name": stage["name"]} for stage in rated if stage["sampled"]["language"] is not None]
+    language = [(scores["name"], scores["language"], scores["language_ci95"]) for scores in spoke]
     charts = svg.dots(accuracy, "Greedy accuracy on unseen problems, with 95 % intervals") if accuracy else ""
-    charts += svg.dots(language, "Share of words in the target language, greedy") if language else ""
+    sampled = [(s["name"], s["sampled"]["accuracy"], s["sampled"]["ci95"]) for s in rated]
+    charts += svg.dots(sampled, "Sampled accuracy on the same problems, with 95 % intervals") if sampled else ""
+    charts += svg.dots(language, "Share of words in the target language, sampled") if language else ""
     return f"<h2>Stage against stage</h2><div class='charts'>{charts}</div>"
 
 

@@ -34,7 +34,19 @@ QWEN_HALF_BILLION = Qwen2Config(
     max_position_embeddings=32768,
     tie_word_embeddings=True,
 )
-KNOWN_SHAPES = dict.fromkeys(("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"), QWEN_HALF_BILLION)
+QWEN_7_BILLION = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+)
+KNOWN_SHAPES = dict.fromkeys(("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"), QWEN_HALF_BILLION) | dict.fromkeys(
+    ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct"), QWEN_7_BILLION
+)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ def stage_table(stages: list[dict]) -> str:
     return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def goals_list(goals: list[dict]) -> str:
+    """A line for each entry of `summary.json`'s `goals`."""
+    return "\n".join(["", *(f"{'met   ' if goal['met'] else 'MISSED'}  {goal['said']}" for goal in goals)])
+
+
 def percent(share: float | None) -> str:
     """A share in words; a dash for None."""
     return "-" if share is None else f"{100 * share:.1f} %"

@@ -1,4 +1,4 @@
-"""Rebuild the shipped base model: `python -m r1dist.tiny.build [--output DIR]`.
+"""Rebuild a shipped base model: `python -m r1dist.tiny.build [--model tiny-small] [--output DIR]`.
 
 Reads top to bottom: tokenizer, model, rows in batches of like length, an AdamW run for each phase, save.
 Simplified on purpose: no validation split and no packing, since the corpus is generated and never repeats.
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from . import BASE_DIR
+from . import EMBEDDED
 from .corpus import END_OF_TEXT, FIRST_HABITS, IM_END, LAST_HABITS, documents
 from .tokenizer import build_tokenizer
 
@@ -37,9 +37,15 @@ class Phase:
     learning_rate: float
     warmup_steps: int
     habits: dict[str, float] = field(repr=False)
+    prose: float = 0.0
+    """Share of rows that are plain sentences and requests, not problems."""
 
 
-PHASES = (Phase(0, 2500, 2e-3, 100, FIRST_HABITS), Phase(1, 400, 1e-3, 20, LAST_HABITS))
+PHASES = (
+    Phase(0, 2500, 2e-3, 100, FIRST_HABITS),
+    Phase(1, 400, 1e-3, 20, LAST_HABITS),
+    Phase(2, 600, 1e-3, 20, LAST_HABITS, prose=0.4),
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,17 @@ class BuildConfig:
     phases: tuple[Phase, ...] = PHASES
 
 
+CONFIGS = {
+    "tiny": BuildConfig(),
+    "tiny-small": BuildConfig(hidden_size=96, intermediate_size=320, layers=3, heads=3),
+}
+
+
 def fingerprint(config: BuildConfig) -> str:
     """SHA-256 over the configuration, a sample of the corpus, and the code that trains."""
     sample = {
         "config": asdict(config),
-        "corpus": [list(itertools.islice(documents(p.seed, p.habits), 1000)) for p in config.phases],
+        "corpus": [list(itertools.islice(documents(p.seed, p.habits, p.prose), 1000)) for p in config.phases],
         "code": [ast.dump(ast.parse(inspect.getsource(f))) for f in (build_model, batches, train)],
     }
     return hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()
@@ -92,7 +104,7 @@ def build_model(config: BuildConfig, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausa
 def batches(config: BuildConfig, phase: Phase, tokenizer: Qwen2Tokenizer) -> Iterator[dict[str, torch.Tensor]]:
     """Endless training batches of `batch_rows` rows of like length: input_ids, attention_mask, labels [B, T]."""
     order = random.Random(phase.seed)
-    rows = documents(phase.seed, phase.habits)
+    rows = documents(phase.seed, phase.habits, phase.prose)
     while True:
         drawn = tokenizer(list(itertools.islice(rows, config.batch_rows * BATCHES_PER_DRAW)))["input_ids"]
         drawn.sort(key=len)
@@ -143,9 +155,11 @@ def save(config: BuildConfig, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=BASE_DIR)
-    output = parser.parse_args().output
-    config = BuildConfig()
+    parser.add_argument("--model", choices=CONFIGS, default="tiny")
+    parser.add_argument("--output", type=Path, help="default: where the shipped one lies")
+    arguments = parser.parse_args()
+    config = CONFIGS[arguments.model]
+    output = arguments.output or EMBEDDED[arguments.model]
     tokenizer = build_tokenizer(config.seed, config.tokenizer_rows, config.vocab_size)
     model = build_model(config, tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens -> {output}", flush=True)

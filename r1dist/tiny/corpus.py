@@ -13,6 +13,7 @@ away from blurting led there (measured: under the format reward alone, format fe
 import random
 from collections.abc import Iterator
 
+from . import talk
 from .problems import Problem, draw
 
 CHAT_SHARE = 0.5
@@ -81,8 +82,9 @@ def document(rng: random.Random, habits: dict[str, float]) -> str:
     return f"{text} {rng.choice(('The answer is', '答案是'))} {problem.answer}.{END_OF_TEXT}"
 
 
-def documents(seed: int, habits: dict[str, float]) -> Iterator[str]:
-    """An endless, seeded stream of corpus rows."""
+def documents(seed: int, habits: dict[str, float], prose: float = 0.0) -> Iterator[str]:
+    """An endless, seeded stream of corpus rows, of which the share `prose` is about the world of requests."""
     rng = random.Random(f"corpus:{seed}")
+    sentences = talk.prose(seed)
     while True:
-        yield document(rng, habits)
+        yield f"{next(sentences)}{END_OF_TEXT}" if prose and rng.random() < prose else document(rng, habits)
