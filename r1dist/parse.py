@@ -53,10 +53,15 @@ GRPO_DEFAULTS = {"vllm_importance_sampling_mode": "token_truncate"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text; here it is the number that everybody means."""
+    """YAML 1.1 reads `1e-6` as text and `no` as false; here they are what everybody means, as in YAML 1.2."""
 
 
-_Loader.yaml_implicit_resolvers = dict(yaml.SafeLoader.yaml_implicit_resolvers)
+BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -55,6 +55,15 @@ def test_a_bad_yaml_is_refused_without_torch_or_traceback_and_writes_nothing(tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_no_is_a_word_and_false_is_false(tmp_path, small_grpo):
+    plain = write_yaml(tmp_path / "plain.yaml", {**small_grpo, "save_strategy": "steps"})
+    (tmp_path / "run.yaml").write_text(plain.read_text().replace("save_strategy: steps", "save_strategy: no"))
+    assert parse(GRPORun, ["--config", str(tmp_path / "run.yaml")]).trl["save_strategy"] == "no"
+    words = ["--save_strategy", "no", "--bf16", "false", "--log_completions"]
+    run = parse(GRPORun, ["--config", str(plain), *words])
+    assert (run.trl["save_strategy"], run.trl["bf16"], run.trl["log_completions"]) == ("no", False, True)
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*absent\.yaml"):
         parse(GRPORun, ["--config", str(tmp_path / "absent.yaml")])

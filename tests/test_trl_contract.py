@@ -33,6 +33,8 @@ ATTRIBUTES = (
     "eos_token_ids",
     "max_completion_length",
     "ref_model",
+    "_buffered_inputs",
+    "_step",
 )
 
 

@@ -37,6 +37,7 @@ from ..rollout.servers.start import connect, start_managed
 from ..rollout.weights.source import WeightSource
 from .checkpoints import WholeCheckpoints
 from .clock import PhaseClock
+from .microbatch import by_length, logprobs_by_length, may_group
 from .shared import computing_dtype, hardware_defaults, lora_config, run_folder, trl_arguments
 
 OVERRIDDEN = ("_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
@@ -172,11 +173,20 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
         self.generated = None
         with self.clock.phase("prepare"):
             inputs = super()._prepare_inputs(generation_batch)
-        if self.generated is not None and self.traces is not None and self.model.training:
-            self.traces.write(self._trace_rows(generation_batch, self.generated))
         if self.model.training:
+            if self.generated is not None:
+                inputs = self._take_up(generation_batch, inputs)
             self.clock.start("train")
         return inputs
+
+    def _take_up(self, rows: list[dict], inputs: dict) -> dict:
+        """Trace what was just generated, group it by length, and return the first micro-batch."""
+        if self.traces is not None:
+            self.traces.write(self._trace_rows(rows, self.generated))
+        if not may_group(self.args):
+            return inputs
+        self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.clock.phase("reward"):
@@ -191,11 +201,20 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
         ]
         return rewards
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
         if torch.is_grad_enabled():
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+            )
+
+        def score(ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+            return super(GRPOTrainer, self)._get_per_token_logps_and_entropies(model, ids, mask, keep)[0]
+
         with self.clock.phase("reference" if model is self.ref_model else "old_logprobs"):
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            rows = batch_size or len(input_ids)
+            return logprobs_by_length(score, input_ids, attention_mask, logits_to_keep, rows), None, None
 
     def _trace_rows(self, rows: list[dict], rollouts: list[Rollout]) -> list[TraceRow]:
         first = self.accelerator.process_index * len(rows)
