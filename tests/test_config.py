@@ -100,7 +100,7 @@ def test_the_resolved_configuration_gives_itself(small_grpo):
 def test_every_recipe_parses():
     kinds = {"r1_zero": GRPORun, "sft": SFTRun, "evaluate": EvaluateRun, "pipeline": PipelineRun}
     kinds |= {"reasoning_rl": GRPORun, "final_rl": GRPORun, "distill": SFTRun, "reward": RewardModelRun}
-    kinds |= {"cold_start": SampleRun, "rejection_sampling": SampleRun}
+    kinds |= {"cold_start": SampleRun, "rejection_sampling": SampleRun, "small_r1_zero": GRPORun}
     recipes = sorted((ROOT / "configs" / "recipes").glob("*/*.yaml"))
     assert len(recipes) >= 8
     for recipe in recipes:
