@@ -21,6 +21,8 @@ from r1dist.curate.draw import fill, requests_of, way_prompts
 from r1dist.files import read_lines
 from r1dist.models import load_tokenizer
 from r1dist.process import set_up_process
+from r1dist.rewards import VERIFIERS
+from r1dist.rewards.pool import Pool
 from r1dist.rollout.fixed import fixed_engine
 from r1dist.rollout.protocol import Sampling, generate
 
@@ -48,6 +50,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as name,
         fixed_engine(run.rollout, way.model, tokenizer, 256, Path(name)) as engine,
+        Pool(VERIFIERS, run.verify) as pool,
     ):
         generate(engine, requests, Sampling(MAX_TOKENS))  # the first one warms up
         for number in range(wish.rounds):
@@ -56,7 +59,7 @@ def main() -> None:
             rates["engine"].append(sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - began))
             journal = Path(name) / f"{number}.jsonl"
             began = time.perf_counter()
-            fill(run, 0, prompts, engine, tokenizer, journal, set())
+            fill(run, 0, prompts, engine, tokenizer, journal, set(), pool)
             seconds = time.perf_counter() - began
             rates["sampling"].append(
                 sum(s["tokens"] for line in read_lines(journal) for s in line["samples"]) / seconds

@@ -182,6 +182,20 @@ class Reward:
     """`helpfulness`, `safety`: the folder of the reward model (launch/reward_model.py)."""
 
 
+@dataclass(config=STRICT, kw_only=True)
+class Verify:
+    """The worker processes that verify answers."""
+
+    workers: PositiveInt | None = None
+    """Of each training process. Unset: the machine's cores, divided among its training processes."""
+    seconds: float = Field(default=5, gt=0)
+    """Wall-clock seconds that one answer may take; beyond, it is wrong and its worker is replaced."""
+    memory_mib: PositiveInt = 1024
+    """Memory that one answer may take, beyond what a worker has from the start."""
+    patience: float = Field(default=300, ge=0)
+    """Seconds to go on trying while nothing can be verified; then the run saves a checkpoint and ends."""
+
+
 def _weighted(value: Any) -> Any:
     return value if isinstance(value, dict | Reward) else {"weight": value}
 
@@ -292,6 +306,7 @@ class SampleRun:
     mix: list[Source] = Field(default_factory=list)
     """Further rows that are taken as they are (the report's non-reasoning data)."""
     rollout: Rollout = Field(default_factory=Rollout)
+    verify: Verify = Field(default_factory=Verify)
     seed: int = 0
     """Seed of the samples."""
     dry_run: bool = False
@@ -309,6 +324,7 @@ class GRPORun:
     )
     """Reward name -> weight, or `Reward`'s fields."""
     rollout: Rollout = Field(default_factory=Rollout)
+    verify: Verify = Field(default_factory=Verify)
     train: Train = Field(default_factory=Train)
     resume: bool = False
     """Go on from the newest checkpoint of `output_dir`, which then may and must hold this run."""
@@ -380,6 +396,7 @@ class EvaluateRun:
     """The language whose share of words is reported."""
     batch_size: PositiveInt = 256
     """Sequences decoded at once."""
+    verify: Verify = Field(default_factory=Verify)
     seed: int = 0
     """Seed of the sampled completions."""
     output: str | None = None

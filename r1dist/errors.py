@@ -18,6 +18,10 @@ class RunStopped(Exception):
     code = EXIT_STOPPED
 
 
+class VerifiersBroken(Exception):
+    """Answers cannot be verified at all: the verifier or its sandbox is down. No answer is to blame for it."""
+
+
 class StageFailed(RunStopped):
     """A stage's command ended with an exit code other than 0, which becomes the pipeline's."""
 

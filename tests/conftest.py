@@ -63,6 +63,17 @@ def small_grpo(tmp_path) -> dict:
 
 
 @pytest.fixture(scope="session")
+def pool():
+    """The worker processes that verify answers."""
+    from r1dist.config import Verify
+    from r1dist.rewards import VERIFIERS
+    from r1dist.rewards.pool import Pool
+
+    with Pool(VERIFIERS, Verify(workers=2)) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     from transformers import AutoTokenizer
 

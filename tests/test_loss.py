@@ -9,7 +9,7 @@ import trl
 from r1dist.config import GRPORun
 from r1dist.data.prompts import prompt_dataset
 from r1dist.parse import build
-from r1dist.rewards import select
+from r1dist.rewards import Rewards
 from r1dist.train.grpo import arguments_of
 from r1dist.train.grpo import build as build_trainer
 
@@ -86,11 +86,11 @@ def as_batch(rollouts, pad_id):
 
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_loss_and_gradient(small_grpo, tokenizer, loss_type, beta):
+def test_loss_and_gradient(small_grpo, tokenizer, pool, loss_type, beta):
     tree = {**small_grpo, "max_completion_length": MAX_COMPLETION, "loss_type": loss_type, "beta": beta}
     run = build(GRPORun, tree, "test")
     dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, MAX_COMPLETION)
-    trainer = build_trainer(run, arguments_of(run), tokenizer, dataset, select(run.rewards))
+    trainer = build_trainer(run, arguments_of(run), tokenizer, dataset, Rewards(run.rewards, pool))
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.model.train()
     plain = copy.deepcopy(model)

@@ -10,7 +10,7 @@ from trl.trainer.utils import split_tensor_dict
 from r1dist.config import GRPORun
 from r1dist.data.prompts import prompt_dataset
 from r1dist.parse import build
-from r1dist.rewards import select
+from r1dist.rewards import Rewards
 from r1dist.train.grpo import arguments_of
 from r1dist.train.grpo import build as build_trainer
 from r1dist.train.microbatch import by_length, logprobs_by_length, may_group, trimmed
@@ -74,12 +74,12 @@ def test_an_empty_completion_keeps_a_column():
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"])
-def test_a_steps_loss_and_gradient_are_the_same(loss_type, tmp_path):
+def test_a_steps_loss_and_gradient_are_the_same(loss_type, tmp_path, pool):
     tree = {**SMALL_GRPO, "output_dir": str(tmp_path), "loss_type": loss_type, "beta": 0.05}
     run = build(GRPORun, {**tree, "gradient_accumulation_steps": 4}, "test")
     arguments = arguments_of(run)
     assert may_group(arguments)
-    trainer = build_trainer(run, arguments, *prompts(run), select(run.rewards))
+    trainer = build_trainer(run, arguments, *prompts(run), Rewards(run.rewards, pool))
     trainer.current_gradient_accumulation_steps = 4
     model = trainer.model.train()
     results = []

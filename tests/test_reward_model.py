@@ -11,7 +11,7 @@ from r1dist.config import Reward, RewardModelRun, Source
 from r1dist.data.sources import load_labels, load_pairs
 from r1dist.errors import UserError
 from r1dist.parse import build
-from r1dist.rewards import select
+from r1dist.rewards import Rewards
 from r1dist.rewards.model import ModelReward
 from r1dist.tiny import BASE_DIR, talk
 from r1dist.train.reward_model import label_dataset, pair_dataset
@@ -69,9 +69,9 @@ def test_a_score_does_not_depend_on_what_else_is_in_the_batch(trained):
     assert together[:5] == pytest.approx(alone, abs=1e-5)
 
 
-def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained):
+def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained, pool):
     rewards = {"safety": Reward(model=str(trained / "safety"), kinds=["talk"]), "accuracy": Reward(kinds=["math"])}
-    scorers = select(rewards)
+    scorers = Rewards(rewards, pool).scorers
     rows = [ROW, {"problem": "1+1?", "answer": "2", "kind": "math"}]
     texts = [talk.response("A greeting.", "Hello!"), "<answer>2</answer>"]
     scores = {name: scorer(texts, rows) for name, scorer in scorers.items()}

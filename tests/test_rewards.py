@@ -7,7 +7,7 @@ import pytest
 from r1dist.config import Reward
 from r1dist.data.formats import gold_answer, last_boxed, rewrite_stratos, turns
 from r1dist.errors import UserError
-from r1dist.rewards import select
+from r1dist.rewards import Rewards
 from r1dist.rewards.accuracy import accuracy
 from r1dist.rewards.format import format_reward
 from r1dist.rewards.language import language_share
@@ -94,26 +94,26 @@ def test_language_share():
     assert language_share("<think>1+1=2</think>", "en") is None
 
 
-def test_selection_names_what_there_is():
-    assert list(select({"format": Reward(weight=0.5), "accuracy": Reward()})) == ["format", "accuracy"]
+def test_selection_names_what_there_is(pool):
+    assert list(Rewards({"format": Reward(weight=0.5), "accuracy": Reward()}, pool).scorers) == ["format", "accuracy"]
     with pytest.raises(UserError, match="`acuracy` is not a reward; there are accuracy, format, helpfulness"):
-        select({"acuracy": Reward()})
+        Rewards({"acuracy": Reward()}, pool)
     with pytest.raises(UserError, match=r"rewards.safety: it needs `model`"):
-        select({"safety": Reward()})
+        Rewards({"safety": Reward()}, pool)
     with pytest.raises(UserError, match=r"rewards.format: it takes no `model`"):
-        select({"format": Reward(model="somewhere")})
+        Rewards({"format": Reward(model="somewhere")}, pool)
     with pytest.raises(UserError, match="nowhere holds no reward model"):
-        select({"safety": Reward(model="nowhere")})
+        Rewards({"safety": Reward(model="nowhere")}, pool)
 
 
-def test_a_reward_may_be_for_some_kinds_only_and_in_one_language():
+def test_a_reward_may_be_for_some_kinds_only_and_in_one_language(pool):
     rows = [{"answer": "9", "kind": kind} for kind in ("math", "talk", "math")]
     texts = ["<answer>9</answer>", "<answer>9</answer>", "<answer>8</answer>"]
-    assert select({"accuracy": Reward(kinds=["math"])})["accuracy"](texts, rows) == [1.0, None, 0.0]
-    assert select({"accuracy": Reward(kinds=["code"])})["accuracy"](texts, rows) == [None] * 3
+    assert Rewards({"accuracy": Reward(kinds=["math"])}, pool).scorers["accuracy"](texts, rows) == [1.0, None, 0.0]
+    assert Rewards({"accuracy": Reward(kinds=["code"])}, pool).scorers["accuracy"](texts, rows) == [None] * 3
     mixed = ["ends in 末位", "ends", "1+1"]
-    assert select({"language": Reward(target="zh")})["language"](mixed, rows) == [0.5, 0.0, None]
-    assert select({"language": Reward()})["language"](mixed, rows) == [0.5, 1.0, None]
+    assert Rewards({"language": Reward(target="zh")}, pool).scorers["language"](mixed, rows) == [0.5, 0.0, None]
+    assert Rewards({"language": Reward()}, pool).scorers["language"](mixed, rows) == [0.5, 1.0, None]
 
 
 def test_gold_answers():

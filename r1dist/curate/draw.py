@@ -18,15 +18,15 @@ from ..data.prompts import prompt_dataset
 from ..data.templates import prompt_ids
 from ..files import append_lines, mend_lines, read_lines
 from ..models import load_model_config, load_tokenizer
-from ..rewards.accuracy import accuracy
+from ..rewards.pool import Pool
 from ..rollout.fixed import fixed_engine
 from ..rollout.protocol import Engine, Request, Rollout, Sampling, sample_seed
 
 logger = logging.getLogger(__name__)
 
 
-def draw(run: SampleRun, number: int, journal: Path) -> None:
-    """Complete the journal of `run.ways[number]`."""
+def draw(run: SampleRun, number: int, journal: Path, pool: Pool) -> None:
+    """Complete the journal of `run.ways[number]`; `pool` verifies."""
     way = run.ways[number]
     tokenizer = load_tokenizer(way.model)
     prompts = way_prompts(way, tokenizer)
@@ -38,7 +38,7 @@ def draw(run: SampleRun, number: int, journal: Path) -> None:
     logger.info("%s: %d prompts, %d samples each; %d prompts to go", way.name, len(prompts), samples, missing)
     longest = max(prompts["prompt_length"]) + _room(way, tokenizer)
     with fixed_engine(run.rollout, way.model, tokenizer, longest, journal.parent) as engine:
-        fill(run, number, prompts, engine, tokenizer, journal, done)
+        fill(run, number, prompts, engine, tokenizer, journal, done, pool)
 
 
 def way_prompts(way: Way, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -55,6 +55,7 @@ def fill(
     tokenizer: PreTrainedTokenizerBase,
     journal: Path,
     done: set[int],
+    pool: Pool,
 ) -> None:
     """Ask for what is not `done` and append it to `journal`, each prompt when its last sample is verified."""
     way = run.ways[number]
@@ -66,7 +67,7 @@ def fill(
             for rollouts in _groups(engine, requests_of(run, number, batch, tokenizer), way):
                 row = rows[rollouts[0].request.prompt_id]
                 if row["prompt_id"] not in done:
-                    append_lines(journal, [_line(row, rollouts, way.prompting.prefill, tokenizer)])
+                    append_lines(journal, [_line(row, rollouts, way.prompting.prefill, tokenizer, pool)])
                     progress.update(samples)
 
 
@@ -120,9 +121,10 @@ def _groups(engine: Engine, requests: list[Request], way: Way) -> Iterator[list[
             yield sorted(groups.pop(rollout.request.prompt_id), key=lambda r: r.request.sample_index)
 
 
-def _line(row: dict, rollouts: list[Rollout], prefill: str, tokenizer: PreTrainedTokenizerBase) -> dict:
+def _line(row: dict, rollouts: list[Rollout], prefill: str, tokenizer: PreTrainedTokenizerBase, pool: Pool) -> dict:
     texts = tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
     texts = [prefill + text for text in texts]
+    right = pool.scores("accuracy", texts, [row] * len(texts))
     return {
         "prompt_id": row["prompt_id"],
         "problem": row["problem"],
@@ -135,8 +137,8 @@ def _line(row: dict, rollouts: list[Rollout], prefill: str, tokenizer: PreTraine
                 "text": text,
                 "tokens": len(rollout.token_ids),
                 "finished": rollout.finish_reason == "stop",
-                "accuracy": accuracy(text, row),
+                "accuracy": score,
             }
-            for rollout, text in zip(rollouts, texts, strict=True)
+            for rollout, text, score in zip(rollouts, texts, right, strict=True)
         ],
     }

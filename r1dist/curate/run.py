@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..config import SampleRun
-from ..errors import RunStopped, UserError
+from ..errors import RunStopped, UserError, VerifiersBroken
 from ..files import MARK, check_folder, owned, sign, write_json
 from ..parse import as_tree
 from ..process import set_up_process
+from ..rewards import VERIFIERS
+from ..rewards.pool import Pool
 from ..rollout.protocol import RolloutsLost
 from .draw import draw
 from .select import Tally, filters_said, mixed, select
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 ROWS, REPORT, SAMPLES = "rows.jsonl", "report.json", "samples"
 # What may change from one start to the next: it decides about samples that are there already, or how they come.
-FREE = {"filters", "rows", "mix", "rollout", "dry_run", "output_dir", "refine", "per_prompt", "share"}
+FREE = {"filters", "rows", "mix", "rollout", "verify", "dry_run", "output_dir", "refine", "per_prompt", "share"}
 
 
 def sample(run: SampleRun) -> dict:
@@ -36,13 +38,13 @@ def sample(run: SampleRun) -> dict:
         _check_same(folder / MARK, run)
     else:
         check_folder(folder, resume=False)
-    with owned(folder):
+    with owned(folder), Pool(VERIFIERS, run.verify) as pool:
         sign(folder, "sample", as_tree(run))
         (folder / SAMPLES).mkdir(exist_ok=True)
         for number, way in enumerate(run.ways):
             try:
-                draw(run, number, _journal(folder, way.name))
-            except RolloutsLost as error:
+                draw(run, number, _journal(folder, way.name), pool)
+            except (RolloutsLost, VerifiersBroken) as error:
                 raise RunStopped(f"{error}\nThe samples so far are kept; the same command goes on.") from error
         return _choose(run, folder)
 

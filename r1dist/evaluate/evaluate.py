@@ -16,9 +16,10 @@ from ..files import write_json
 from ..intervals import clustered_interval
 from ..models import load_model_config, load_tokenizer
 from ..process import set_up_process
-from ..rewards.accuracy import accuracy
+from ..rewards import VERIFIERS
 from ..rewards.format import has_format
 from ..rewards.language import language_share
+from ..rewards.pool import Pool
 from ..rollout.in_process import InProcessEngine, load_engine
 from ..rollout.protocol import Rollout, Sampling
 from .complete import complete, with_texts
@@ -58,9 +59,10 @@ def evaluate(run: EvaluateRun) -> dict:
     engine = load_engine(run.model, tokenizer, run.batch_size)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
-    scores, completions = measure(run, engine, tokenizer, dataset, greedy, 1)
-    result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
-    result["sampled"] = asdict(measure(run, engine, tokenizer, dataset, sampled, run.sampling.samples)[0])
+    with Pool(VERIFIERS, run.verify) as pool:
+        scores, completions = measure(run, engine, tokenizer, dataset, greedy, 1, pool)
+        result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
+        result["sampled"] = asdict(measure(run, engine, tokenizer, dataset, sampled, run.sampling.samples, pool)[0])
     if run.requests is not None:
         replies, more = measure_requests(run, engine, tokenizer, context)
         result["requests"] = asdict(replies)
@@ -86,15 +88,16 @@ def measure(
     dataset: Dataset,
     sampling: Sampling,
     samples: int,
+    pool: Pool,
 ) -> tuple[Scores, list[dict]]:
     """Generate `samples` completions for each problem and score them; the completions come second."""
     rollouts, texts = complete(engine, tokenizer, dataset, sampling, samples, run.seed, run.batch_size)
     rows = [row for row in dataset for _ in range(samples)]
-    return _scores(rollouts, texts, rows, samples, run.target_language), with_texts(rows, texts)
+    right = pool.scores("accuracy", texts, rows)
+    return _scores(rollouts, texts, right, samples, run.target_language), with_texts(rows, texts)
 
 
-def _scores(rollouts: list[Rollout], texts: list[str], rows: list[dict], samples: int, target: str) -> Scores:
-    right = [accuracy(text, row) for text, row in zip(texts, rows, strict=True)]
+def _scores(rollouts: list[Rollout], texts: list[str], right: list[float | None], samples: int, target: str) -> Scores:
     by_problem = [right[i : i + samples] for i in range(0, len(right), samples)]
     # The gold answer decides whether a row can be scored, so all samples of a problem can or none.
     rates = [fmean(scores) for scores in by_problem if scores[0] is not None]

@@ -6,6 +6,7 @@ their names and signatures against the pinned TRL.
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,13 +24,14 @@ from ..config import GRPORun
 from ..config import Rollout as RolloutSettings
 from ..data.prompts import prompt_dataset
 from ..data.templates import prompt_ids
-from ..errors import RunStopped
+from ..errors import RunStopped, VerifiersBroken
 from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
 from ..parse import trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
 from ..report.traces import TraceRow, TraceWriter
-from ..rewards import Scorer, select
+from ..rewards import VERIFIERS, Rewards, Scorer
+from ..rewards.pool import Pool
 from ..rollout.in_process import InProcessEngine
 from ..rollout.protocol import Engine, Request, Rollout, RolloutsLost, Sampling, sample_seed
 from ..rollout.servers.engine import Policy
@@ -77,7 +79,9 @@ class _EngineBackend:
         taken: dict[int, Rollout] = {}
         lost = None
         try:
-            taken.update(self.engine.stream(requests, self.trainer.sampling))
+            for place, rollout in self.engine.stream(requests, self.trainer.sampling):
+                taken[place] = rollout
+                self.trainer.begin_rewards(place, rollout)
         except RolloutsLost as error:
             lost = str(error)
         self.trainer.note_memory("generate")
@@ -112,12 +116,21 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
 
     Args:
         make_engine: Builds the engine from this trainer, once TRL has prepared the model.
+        rewards: What TRL's `reward_funcs` are made of; verification starts as rollouts arrive.
         traces: Where each rollout is written; None writes none.
         **kwargs: `trl.GRPOTrainer`'s own arguments.
     """
 
-    def __init__(self, *, make_engine: Callable[["GRPOTrainer"], Engine], traces: TraceWriter | None, **kwargs):
+    def __init__(
+        self,
+        *,
+        make_engine: Callable[["GRPOTrainer"], Engine],
+        rewards: Rewards,
+        traces: TraceWriter | None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
+        self.rewards = rewards
         self.clock = PhaseClock()
         self.traces = traces
         self.generated: list[Rollout] | None = None
@@ -179,6 +192,11 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
             self.clock.start("train")
         return inputs
 
+    def begin_rewards(self, place: int, rollout: Rollout) -> None:
+        """Let verification start on this rank's rollout `place`, while others are still on their way."""
+        text = self.processing_class.decode(rollout.token_ids, skip_special_tokens=True)
+        self.rewards.begin(self.state.global_step, text, self._generation_rows[place])
+
     def _take_up(self, rows: list[dict], inputs: dict) -> dict:
         """Trace what was just generated, group it by length, and return the first micro-batch."""
         if self.traces is not None:
@@ -190,6 +208,7 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.clock.phase("reward"):
+            self._settle_or_stop()
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         self.local_rewards = [
@@ -200,6 +219,18 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
             for row in rewards[first : first + len(prompts)].tolist()
         ]
         return rewards
+
+    def _settle_or_stop(self) -> None:
+        """Wait for this rank's verification. Where it is broken on one rank, every rank raises `VerifiersBroken`."""
+        pool = self.rewards.pool
+        broken = pool.settle()
+        outcomes = gather_object([(broken, pool.counts.copy())])
+        pool.counts.clear()
+        reasons = [reason for reason, _ in outcomes if reason is not None]
+        if reasons:
+            raise VerifiersBroken(reasons[0])
+        for name, count in sum((counts for _, counts in outcomes), Counter()).items():
+            self._metrics["train"][f"verify/{name}"].append(count)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
@@ -294,7 +325,7 @@ def build(
     arguments: trl.GRPOConfig,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    scorers: dict[str, Scorer],
+    rewards: Rewards,
 ) -> GRPOTrainer:
     """The trainer of `run`, ready to train."""
     if run.rollout.engine == "vllm":
@@ -306,9 +337,12 @@ def build(
         make_engine = functools.partial(in_process_engine, run.rollout.batch_size)
     trainer = GRPOTrainer(
         make_engine=make_engine,
+        rewards=rewards,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
         model=model_path(run.model),
-        reward_funcs=[as_trl_reward(name, score, run.rewards[name].from_step) for name, score in scorers.items()],
+        reward_funcs=[
+            as_trl_reward(name, scorer, run.rewards[name].from_step) for name, scorer in rewards.scorers.items()
+        ],
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -321,18 +355,23 @@ def build(
 def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
     set_up_process()
+    with Pool(VERIFIERS, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
+        _train(run, pool)
+
+
+def _train(run: GRPORun, pool: Pool) -> None:
     # Before TRL's arguments: once they have told transformers of ZeRO 3, a reward model would be sharded, too.
-    scorers = select(run.rewards)
+    rewards = Rewards(run.rewards, pool)
     tokenizer = load_tokenizer(run.model)
     context = load_model_config(run.model).max_position_embeddings
     completion = trl_value(run, "max_completion_length")
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, completion)
     arguments = arguments_of(run)
     with run_folder(run, "grpo") as checkpoint, managed_servers(run, arguments, dataset):
-        trainer = build(run, arguments, tokenizer, dataset, scorers)
+        trainer = build(run, arguments, tokenizer, dataset, rewards)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except RolloutsLost as error:
+        except (RolloutsLost, VerifiersBroken) as error:
             raise RunStopped(f"{error}\n{save_before_stopping(trainer)}") from error
         finally:
             trainer.vllm_generation.engine.close()

@@ -1,0 +1,231 @@
+"""Verification in worker processes: an answer that hangs, eats memory or kills its process costs its own limit.
+
+Every worker has a pipe and a thread of its own. One that dies, whoever killed it, takes nothing with it but the item
+it was at, and that item is asked again. (In pools whose workers share a queue, a worker killed while it holds the
+queue's lock hangs or breaks them all.) A score depends on the item alone, not on the order or the number of workers.
+
+Three outcomes: a score; None for what cannot be scored; `VerifiersBroken` when verifying itself does not work, which
+no batch of zeros may stand for.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import queue
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..config import Verify
+from ..errors import VerifiersBroken
+
+DEATHS = 3  # an item whose worker died this often has killed it
+BACK_OFF = 15.0  # seconds between two tries, at most, while nothing can be verified
+START_SECONDS = 120.0
+MIB = 2**20
+
+Verifier = Callable[[str, dict], float | None]
+
+
+class Died(Exception):
+    """The worker is gone, and not by our hand."""
+
+
+class Overran(Exception):
+    """The item took more than its seconds or its memory."""
+
+
+class Pool:
+    """Scores by `verifiers`, in worker processes.
+
+    Args:
+        verifiers: Name -> function of a completion and its row, which workers import by its module and name. It may
+            raise `VerifiersBroken`.
+        limits: What an item may cost, how many workers, how long to wait for verifiers that are down.
+        share: Among how many processes the machine's cores are divided.
+
+    An item beyond its limits scores 0, or None if its row cannot even be scored with an empty completion. `counts`
+    holds how often an item overran, a worker died, and verifying was broken. Use it as a context, or `close` it.
+    """
+
+    def __init__(self, verifiers: dict[str, Verifier], limits: Verify, share: int = 1):
+        self.verifiers = verifiers
+        self.limits = limits
+        self.counts: Counter[str] = Counter()
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self._begun: dict[tuple, Future] = {}
+        self._broken_since: float | None = None
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([verifier.__module__ for verifier in verifiers.values()])
+        workers = limits.workers or max(1, len(os.sched_getaffinity(0)) // share)
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers; what is still waiting is dropped."""
+        while not self._items.empty():
+            self._items.get()
+        for _ in self._threads:
+            self._items.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, name: str, completion: str, row: dict) -> Future:
+        """The score to come of `completion`; its `result` raises `VerifiersBroken`, or what the verifier raised."""
+        future: Future = Future()
+        self._items.put((future, name, completion, row))
+        return future
+
+    def begin(self, name: str, completion: str, row: dict) -> None:
+        """`submit` for whoever calls `scores` next; the row has a `prompt_id`."""
+        self._begun[name, completion, row["prompt_id"]] = self.submit(name, completion, row)
+
+    def settle(self) -> str | None:
+        """Wait for all that has begun, and say why if verifying is broken."""
+        errors = [future.exception() for future in wait(self._begun.values()).done]
+        return next((str(error) for error in errors if isinstance(error, VerifiersBroken)), None)
+
+    def scores(self, name: str, completions: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
+        """The scores in the order of `completions`. Raises as `submit`'s futures do."""
+        futures = [
+            self._begun.pop((name, text, row.get("prompt_id")), None) or self.submit(name, text, row)
+            for text, row in zip(completions, rows, strict=True)
+        ]
+        return [future.result() for future in futures]
+
+    def _serve(self) -> None:
+        """One worker's life, and that of those that follow it."""
+        worker = _Worker(self._context, self.verifiers, self.limits.memory_mib)
+        while (item := self._items.get()) is not None:
+            future, *asked = item
+            try:
+                future.set_result(self._score(worker, *asked))
+            except Exception as error:  # whatever it is, it belongs to whoever waits for the score
+                future.set_exception(error)
+        worker.end()
+
+    def _score(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
+        waited = 1.0
+        while True:
+            try:
+                score = self._within_limits(worker, name, completion, row)
+                self._broken_since = None
+                return score
+            except VerifiersBroken as error:
+                self.counts["broken"] += 1
+                self._broken_since = self._broken_since or time.monotonic()
+                if time.monotonic() - self._broken_since + waited > self.limits.patience:
+                    raise VerifiersBroken(f"{error} (tried for {self.limits.patience:g} s)") from error
+                time.sleep(waited)
+                waited = min(2 * waited, BACK_OFF)
+
+    def _within_limits(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
+        try:
+            return self._asked_again(worker, name, completion, row)
+        except Overran:
+            self.counts["overran"] += 1
+        try:
+            # Whose fault is it? A row whose own answer cannot be read is nobody's zero.
+            unscorable = self._asked_again(worker, name, "", row) is None
+        except Overran:
+            unscorable = True
+        return None if unscorable else 0.0
+
+    def _asked_again(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
+        for _ in range(DEATHS):
+            try:
+                return worker.ask(name, completion, row, self.limits.seconds)
+            except Died:
+                self.counts["died"] += 1
+        raise Overran
+
+
+class _Worker:
+    """A process that is started anew whenever it is gone."""
+
+    def __init__(self, context: Any, verifiers: dict[str, Verifier], memory_mib: int):
+        self._context = context
+        self._arguments = (verifiers, memory_mib)
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def ask(self, name: str, completion: str, row: dict, seconds: float) -> float | None:
+        """The verifier's score. Raises `Died`, `Overran`, `VerifiersBroken`, or what the verifier raised."""
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send((name, completion, row))
+            if not self._pipe.poll(seconds):
+                self.end()
+                raise Overran
+            score, error = self._pipe.recv()
+        except (EOFError, OSError) as gone:
+            self.end()
+            raise Died from gone
+        if isinstance(error, Overran):
+            self.end()  # what is left of its memory is of no use
+        if error is not None:
+            raise error
+        return score
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+    def _start(self) -> None:
+        self._pipe, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            ready = self._pipe.poll(START_SECONDS) and self._pipe.recv()
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            self.end()
+            raise VerifiersBroken("a verifier's worker process does not start; see what it wrote above.")
+
+
+def _work(pipe: Connection, verifiers: dict[str, Verifier], memory_mib: int) -> None:
+    """Answer one item after another, until the pipe closes."""
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: go with the fork server, which goes with the trainer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer to hear
+    own = _address_space()
+    resource.setrlimit(resource.RLIMIT_AS, (own + memory_mib * MIB, own + memory_mib * MIB))
+    pipe.send(True)
+    while True:
+        try:
+            name, completion, row = pipe.recv()
+        except EOFError:
+            return
+        try:
+            outcome = (verifiers[name](completion, row), None)
+        except (MemoryError, RecursionError):
+            outcome = (None, Overran())
+        except Exception as error:  # handed on to whoever asked
+            outcome = (None, error)
+        pipe.send(outcome)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
