@@ -40,8 +40,9 @@ ANSWER = re.compile(r"<answer>([^<]*+(?:<(?!/?answer>)[^<]*+)*+)</answer>")
 SECONDS = 1
 # A training run's groups ask for the same gold answer many times, and often give the same wrong one.
 CACHED = 4096
-CHOICE = re.compile(r"[(\[]?([A-J])[)\].:]*")
-LETTER = re.compile(r"(?<![\w\\'^=])(?<![-+*/^=] )[A-J](?![\w'^])(?! ?[-+*/^=_])")
+CHOICE = re.compile(r"[(\[]?([A-HJ])[)\].:]*")
+# With the operators beside it, which make it a variable. "I" is a word far more often than a choice.
+LETTER = re.compile(r"(?:[-+*/^=_] ?)?(?<![\w\\'])[A-HJ](?![\w'])(?: ?[-+*/^=_])?")
 WORDS = re.compile(r"(?=.*[^\W\d_]{3}|no\b)(?:[^\W\d_][\w'’-]*)(?: [^\W\d_][\w'’-]*){0,2}", re.IGNORECASE)
 # "1 2" is not 12.
 SPACE = re.compile(r"(?<!\w) | (?!\w)")

@@ -21,7 +21,7 @@ SIGNS = str.maketrans(
 BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 ANCHOR = re.compile(r"\banswers?\b[^.\n:=]{0,60}?(?:\b(?:is|are)\b|[:=])[\s:=*]*", re.IGNORECASE)
 BOLD = re.compile(r"(?<![\w)*])\*\*([^*]+)\*\*(?![\w(*])")
-SPACE = re.compile(r"\\(?:[,;:! \n]|q?quad(?![A-Za-z])|(?:left|right)(?![A-Za-z])\.?)|~")
+SPACE = re.compile(r"(?<!\\)\\(?:[,;:! \n]|q?quad(?![A-Za-z])|(?:left|right)(?![A-Za-z])\.?)|~")
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}")
 MATH = re.compile(r"\\[()\[\]]|\$\$")
 DEGREES = re.compile(r"\^ ?(?:\\circ|\{ ?\\circ ?\})")
@@ -37,7 +37,7 @@ PROSE = re.compile(
 )
 SINGLE_ARGUMENTS = re.compile(r"\\([dt]?(?:frac|binom)) ?(\d) ?(\d)(?!\d)")
 MIXED = re.compile(r"(?<![\d.^_{])(\d+) (\d+) ?/ ?(\d+)")
-ROW = re.compile(r"(?<=\d) (?=[\d.])")
+ROW = re.compile(r"(?<=\d)(?<![_^]\d) (?=[\d.])")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])|\A\d{1,3}(?: \d{3})+(?!\S)")
 # Two letters are a product of variables unless they are known here; one letter is a unit behind a space only.
 UNIT = re.compile(
@@ -47,10 +47,12 @@ UNIT = re.compile(
 )
 FORMULA = re.compile(
     r"\$(?P<math>[^$]+)\$"
-    r"|(?P<run>(?<![\w.])(?:[-+] ?)?(?:\d|\.\d|\(|\\[A-Za-z])(?:[\d.,+\-*/^×()=!%: ]|\\%|\\[A-Za-z]+"
+    r"|(?P<run>(?<![\w.])(?:[-+] ?)?(?:\d|\.\d|\(|\\[A-Za-z])(?:[\d.,+\-*/^×()=!%: ]|\$(?=\d)|\\%|\\[A-Za-z]+"
     r"|(?<=[\w}\])^])\{(?:[^{}]|\{[^{}]*\})*\}|(?<=\d)[a-z](?![A-Za-z]))*)"
 )
-NEGATED = re.compile(r"\b(?:not|never)\b|n't\b", re.IGNORECASE)
+# A dollar sign before a number is a price, and so is what reads like a formula between two such signs.
+CUT_OFF = re.compile(r"\A ?[=*/^]|[-+=*/(,] ?\Z")
+NEGATED = re.compile(r"(?:\bnot|\bnever|n't)(?: \w+){0,2} ?\$?\Z", re.IGNORECASE)
 
 
 class Statement(NamedTuple):
@@ -76,8 +78,9 @@ def statement(text: str) -> Statement:
         text = ", ".join(dict.fromkeys(boxes))
     elif r"\boxed{" in text:
         return Statement("", False)
+    text = tidy(text)
     end = max((found.end() for found in ANCHOR.finditer(text)), default=None)
-    return Statement(tidy(text[end:]), end is not None)
+    return Statement(_trim(text[end:]), end is not None)
 
 
 def whole_formula(text: str) -> Formula | None:
@@ -93,7 +96,7 @@ def whole_formula(text: str) -> Formula | None:
 
 
 def stated_formula(said: Statement) -> Formula | None:
-    """The formula that a statement, be it prose, comes to; None without one, or if the sentence denies it."""
+    """The formula that a statement, be it prose, comes to; None without one, or if it is denied."""
     whole = whole_formula(said.text)
     if whole is None and said.announced:
         whole = whole_formula(said.text.partition(". ")[0])
@@ -103,7 +106,7 @@ def stated_formula(said: Statement) -> Formula | None:
     if not groups:
         return None
     start, end, formula = groups[0 if said.announced else -1]
-    if NEGATED.search(said.text[:start].rpartition(". ")[2]):
+    if NEGATED.search(said.text[:start]):
         return None
     unit = UNIT.match(said.text, end)
     return Formula(_digits(_trim(formula)), unit["unit"] if unit else "")
@@ -127,8 +130,8 @@ def tidy(text: str) -> str:
 
 
 def _trim(text: str) -> str:
-    text = text.strip(" .,;:*")
-    return text[1:-1].strip(" .,;:") if re.fullmatch(r"\$[^$]*\$", text) else text
+    text = text.lstrip(" ,;:*").rstrip(" .,;:*")
+    return _trim(text[1:-1]) if re.fullmatch(r"\$[^$]*\$", text) else text
 
 
 def _digits(formula: str) -> str:
@@ -159,9 +162,9 @@ def _joined_formulas(text: str) -> list[tuple[int, int, str]]:
     position = 0
     while found := FORMULA.search(text, position):
         position = found.end()
-        formula = found["math"] or found["run"]
-        if found["math"] and has_prose(formula):
-            # Two prices rather than a formula: "$2 each, so $18".
+        # Of an equation in plain prose, only what stands behind it is sure to be whole: "3 boxes of 6 = 18".
+        formula = found["math"] or _trim(found["run"]).replace("$", "").rpartition("=")[2]
+        if found["math"] and (has_prose(formula) or CUT_OFF.search(formula)):
             position = found.start() + 1
         elif re.search(r"\d|\\[A-Za-z]", formula) or found["math"]:
             if groups and not text[groups[-1][1] : found.start()].strip(" ,;$"):
