@@ -76,6 +76,16 @@ def test_rows_without_an_answer_are_counted_and_refused_as_a_majority(tmp_path, 
         load_problems([source])
 
 
+def test_a_row_may_have_several_right_answers(tmp_path):
+    listed = [{"q": "?", "a": ["1/2", " 0.5 "]}, {"q": "?", "a": [None, "3"]}, {"q": "?", "a": []}]
+    sources = [
+        Source(path=jsonl(tmp_path / "listed.jsonl", listed), problem="q", answer="a"),
+        Source(path=jsonl(tmp_path / "plain.jsonl", ROWS[:1]), problem="q", answer="a", answer_format="hashes"),
+    ]
+    assert load_problems(sources)["answer"] == [["1/2", "0.5"], ["3"], ["1"]]
+    assert load_problems(sources[1:])["answer"] == ["1"]
+
+
 def test_prompts_that_do_not_fit_are_dropped_and_counted(tmp_path, tokenizer, caplog):
     rows = [*ROWS, {"q": "long " * 200, "a": "#### 1"}]
     source = Source(path=jsonl(tmp_path / "rows.jsonl", rows), problem="q", answer="a", answer_format="hashes")

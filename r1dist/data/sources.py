@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TINY_DEFAULT_ROWS = 4096
 PROBLEM_FEATURES = Features({name: Value("string") for name in ("problem", "answer", "system", "source", "kind")})
+LISTED_FEATURES = Features({**PROBLEM_FEATURES, "answer": List(Value("string"))})
 GENERATED: dict[str, Callable[[Source], list[dict]]] = {
     "tiny": lambda source: worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split),
     "tiny_talk": lambda source: talk.rows(source.seed, source.split, unsafe=False),
@@ -36,9 +37,17 @@ GENERATED: dict[str, Callable[[Source], list[dict]]] = {
 def load_problems(sources: list[Source]) -> Dataset:
     """All rows with `problem`, `answer`, `system`, `source` and `kind`.
 
-    Rows without an answer are counted and left out; a source where they are the majority is refused.
+    Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
+    source holds lists of equally right answers, `answer` is a list in all rows.
     """
-    return concatenate_datasets([_problems(_with_columns(source)) for source in sources])
+    parts = [_problems(_with_columns(source)) for source in sources]
+    if any(part.features["answer"] == List(Value("string")) for part in parts):
+        parts = [part.map(_listed, features=LISTED_FEATURES, desc=None) for part in parts]
+    return concatenate_datasets(parts)
+
+
+def _listed(row: dict) -> dict:
+    return {"answer": [row["answer"]] if isinstance(row["answer"], str) else row["answer"]}
 
 
 def load_conversations(sources: list[Source]) -> Dataset:
@@ -91,17 +100,26 @@ def _problems(source: Source) -> Dataset:
     if source.answer is None and source.kind != "math":
         del columns["answer"]
     _require(source, raw, columns)
+    listed = source.answer is not None and isinstance(raw.features[source.answer], List)
+
+    def answer(row: dict) -> str | list[str] | None:
+        if not listed:
+            return gold_answer(row[source.answer], source.answer_format) if source.answer else None
+        answers = [gold_answer(one, source.answer_format) for one in row[source.answer] or []]
+        return [one for one in answers if one is not None] or None
 
     def convert(row: dict) -> dict:
         return {
             "problem": row[source.problem],
-            "answer": gold_answer(row[source.answer], source.answer_format) if source.answer else None,
+            "answer": answer(row),
             "system": row[source.system] if source.system else None,
             "source": source.path,
             "kind": source.kind,
         }
 
-    rows = raw.map(convert, remove_columns=raw.column_names, features=PROBLEM_FEATURES, desc=None)
+    rows = raw.map(
+        convert, remove_columns=raw.column_names, features=LISTED_FEATURES if listed else PROBLEM_FEATURES, desc=None
+    )
     answered = rows.filter(lambda row: bool(row["problem"]) and (source.kind != "math" or row["answer"] is not None))
     missing = len(rows) - len(answered)
     if missing * 2 > len(rows):
