@@ -4,41 +4,50 @@ A score is None where a row has none: its gold answer does not parse, it is of a
 holds nothing to measure. TRL leaves such a score out of the row's sum.
 """
 
+import functools
 from collections.abc import Callable
 
-from ..config import Reward
-from ..errors import UserError
+from ..reward_fields import Reward, check_rewards, parameters
 from .accuracy import accuracy
-from .format import format_reward
-from .language import language_share
+from .format import format_reward, soft_format, tag_count
+from .language import language
+from .length import cosine, length, overlong
 from .model import ModelReward
+from .repetition import repetition
+from .steps import reasoning_steps
 
 Scorer = Callable[[list[str], list[dict]], list[float | None]]
-"""Completions' texts and their rows -> scores."""
+"""Completions' texts and their rows -> scores. Beside the dataset's columns a row holds `tokens`, the length of
+its completion, and `group_tokens`, those of all completions of its prompt."""
 
-PLAIN: dict[str, Callable[[str, dict], float | None]] = {"accuracy": accuracy, "format": format_reward}
-MODELS = ("helpfulness", "safety")
-NAMES = sorted([*PLAIN, *MODELS, "language"])
+ONE_BY_ONE: dict[str, Callable[..., float | None]] = {
+    "accuracy": accuracy,
+    "cosine": cosine,
+    "format": format_reward,
+    "language": language,
+    "length": length,
+    "overlong": overlong,
+    "reasoning_steps": reasoning_steps,
+    "repetition": repetition,
+    "soft_format": soft_format,
+    "tag_count": tag_count,
+}
+"""Rewards of a completion and its row, called with the parameters that the YAML gives."""
 
 
 def select(rewards: dict[str, Reward]) -> dict[str, Scorer]:
     """The scorers of `rewards`, in their order; reward models are loaded.
 
-    Raises `UserError` for a name that is not there, or a `model` that is missing or means nothing.
+    Raises `UserError` for what `check_rewards` refuses, and for a `model` that is none.
     """
-    for name, reward in rewards.items():
-        if name not in NAMES:
-            raise UserError(f"rewards: `{name}` is not a reward; there are {', '.join(NAMES)}.")
-        if (name in MODELS) != (reward.model is not None):
-            said = "needs `model`, a reward model's folder" if name in MODELS else "takes no `model`"
-            raise UserError(f"rewards.{name}: it {said}.")
+    check_rewards(rewards)
     return {name: _for_kinds(_scorer(name, reward), reward.kinds) for name, reward in rewards.items()}
 
 
 def _scorer(name: str, reward: Reward) -> Scorer:
-    if name in MODELS:
+    if name not in ONE_BY_ONE:
         return ModelReward(name, reward.model)
-    one = PLAIN.get(name, lambda text, row: language_share(text, reward.target))
+    one = functools.partial(ONE_BY_ONE[name], **parameters(name, reward))
     return lambda texts, rows: [one(text, row) for text, row in zip(texts, rows, strict=True)]
 
 
