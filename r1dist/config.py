@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from .languages import Language
+from .reward_fields import Reward
+
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -167,22 +170,6 @@ class Rollout:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Reward:
-    """One reward of the sum. In the YAML a bare number is its weight."""
-
-    weight: float = 1.0
-    """What its score is multiplied by."""
-    kinds: list[str] | None = None
-    """Only for rows of these kinds (`data.sources.N.kind`); other rows go without it. Unset: for all."""
-    from_step: int = Field(default=0, ge=0)
-    """Optimizer steps before which it is left out."""
-    target: Literal["en", "zh"] = "en"
-    """`language`: the language that is asked for."""
-    model: str | None = None
-    """`helpfulness`, `safety`: the folder of the reward model (launch/reward_model.py)."""
-
-
-@dataclass(config=STRICT, kw_only=True)
 class Verify:
     """The worker processes that verify answers."""
 
@@ -258,7 +245,7 @@ class Filters:
     """Reasoning and answer inside their tags, and nothing else."""
     finished: bool = True
     """It ended by itself, not at `max_tokens`."""
-    language: Literal["en", "zh"] | None = "en"
+    language: Language | None = "en"
     """The language of its words."""
     min_language_share: float = Field(default=0.95, ge=0, le=1)
     """Least share of words in that language."""
@@ -392,7 +379,7 @@ class EvaluateRun:
     sampling: Sampling = Field(default_factory=Sampling)
     requests: Requests | None = None
     """General requests, answered greedily."""
-    target_language: Literal["en", "zh"] = "en"
+    target_language: Language = "en"
     """The language whose share of words is reported."""
     batch_size: PositiveInt = 256
     """Sequences decoded at once."""

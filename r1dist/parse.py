@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from .config import GRPORun, RewardModelRun, SFTRun
 from .errors import UserError
 from .objective import OBJECTIVES
+from .reward_fields import check_rewards
 from .trl_fields import field_types, validator
 
 TRL_CLASS = {GRPORun: "GRPOConfig", SFTRun: "SFTConfig", RewardModelRun: "RewardConfig"}
@@ -107,6 +108,7 @@ def build(run_class: type, tree: dict, where: str) -> Any:
         tree["trl"] = {**TRL_DEFAULTS, **trl}
     run = _validate(TypeAdapter(run_class).validate_python, tree, where, run_class)
     if isinstance(run, GRPORun):
+        check_rewards(run.rewards)
         run.trl = {**GRPO_DEFAULTS, **OBJECTIVES[run.train.objective], **run.trl}
     return run
 

@@ -7,21 +7,36 @@ holds nothing to measure. TRL leaves such a score out of the row's sum.
 import functools
 from collections.abc import Callable
 
-from ..config import Reward
-from ..errors import UserError
+from ..reward_fields import Reward, check_rewards, parameters
 from .accuracy import accuracy
-from .format import format_reward
-from .language import language_share
+from .format import format_reward, soft_format, tag_count
+from .language import language
+from .length import cosine, length, overlong
 from .pool import Pool
+from .repetition import repetition
+from .steps import reasoning_steps
 
 Scorer = Callable[[list[str], list[dict]], list[float | None]]
-"""Completions' texts and their rows -> scores."""
+"""Completions' texts and their rows -> scores. Beside the dataset's columns a row holds `tokens`, the length of
+its completion, and `group_tokens`, those of all completions of its prompt."""
 
-PLAIN: dict[str, Callable[[str, dict], float | None]] = {"format": format_reward}
-# What an answer can make slow, or worse: only ever called in a pool's workers.
+ONE_BY_ONE: dict[str, Callable[..., float | None]] = {
+    "cosine": cosine,
+    "format": format_reward,
+    "language": language,
+    "length": length,
+    "overlong": overlong,
+    "reasoning_steps": reasoning_steps,
+    "repetition": repetition,
+    "soft_format": soft_format,
+    "tag_count": tag_count,
+}
+"""Rewards of a completion and its row, called with the parameters that the YAML gives."""
+
 VERIFIERS: dict[str, Callable[[str, dict], float | None]] = {"accuracy": accuracy}
-MODELS = ("helpfulness", "safety")
-NAMES = sorted([*PLAIN, *VERIFIERS, *MODELS, "language"])
+"""What an answer can make slow, or worse: only ever called in a pool's workers."""
+GRADED = ("cosine", "length")
+"""Rewards whose rows hold the completion's `accuracy`."""
 
 
 class Rewards:
@@ -31,17 +46,11 @@ class Rewards:
         rewards: As the YAML names them.
         pool: Where answers are verified; it must know `VERIFIERS`.
 
-    Raises `UserError` for a name that is not there, or a `model` that is missing or means nothing. Reward models are
-    loaded.
+    Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, and for a `model` that is none.
     """
 
     def __init__(self, rewards: dict[str, Reward], pool: Pool):
-        for name, reward in rewards.items():
-            if name not in NAMES:
-                raise UserError(f"rewards: `{name}` is not a reward; there are {', '.join(NAMES)}.")
-            if (name in MODELS) != (reward.model is not None):
-                said = "needs `model`, a reward model's folder" if name in MODELS else "takes no `model`"
-                raise UserError(f"rewards.{name}: it {said}.")
+        check_rewards(rewards)
         self.rewards = rewards
         self.pool = pool
         self.scorers = {
@@ -57,14 +66,21 @@ class Rewards:
 
 
 def _scorer(name: str, reward: Reward, pool: Pool) -> Scorer:
-    if name in MODELS:
+    if name in VERIFIERS:
+        return functools.partial(pool.scores, name)
+    if name not in ONE_BY_ONE:
         from .model import ModelReward  # torch and transformers are nothing for a pool's workers to import
 
         return ModelReward(name, reward.model)
-    if name in VERIFIERS:
-        return functools.partial(pool.scores, name)
-    one = PLAIN.get(name, lambda text, row: language_share(text, reward.target))
-    return lambda texts, rows: [one(text, row) for text, row in zip(texts, rows, strict=True)]
+    one = functools.partial(ONE_BY_ONE[name], **parameters(name, reward))
+
+    def scores(texts: list[str], rows: list[dict]) -> list[float | None]:
+        if name in GRADED:
+            right = pool.scores("accuracy", texts, rows)
+            rows = [{**row, "accuracy": score} for row, score in zip(rows, right, strict=True)]
+        return [one(text, row) for text, row in zip(texts, rows, strict=True)]
+
+    return scores
 
 
 def _for_kinds(scorer: Scorer, kinds: list[str] | None) -> Scorer:

@@ -15,3 +15,11 @@ def repetition_share(text: str, n: int) -> float:
     pieces = PIECE.findall(text)
     grams = list(zip(*(pieces[i:] for i in range(n)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(completion: str, row: dict, ngram: int) -> float:
+    """-`repetition_share` of n-grams of `ngram` pieces: words, Han characters and signs, not the model's tokens.
+
+    Range (-1, 0]. Source: as `repetition_share`.
+    """
+    return -repetition_share(completion, ngram)

@@ -6,7 +6,7 @@ their names and signatures against the pinned TRL.
 
 import functools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -209,7 +209,9 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.clock.phase("reward"):
             self._settle_or_stop()
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            groups = group_tokens(inputs, completion_ids_list)
+            rows = [{**row, "group_tokens": tokens} for row, tokens in zip(inputs, groups, strict=True)]
+            rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         self.local_rewards = [
             {
@@ -267,11 +269,23 @@ def as_trl_reward(name: str, scorer: Scorer, from_step: int) -> Callable:
         if trainer_state.global_step < from_step:
             return [None] * len(completions)
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        rows = [{k: v[i] for k, v in columns.items() if isinstance(v, list)} for i in range(len(texts))]
+        rows = [
+            {**{k: v[i] for k, v in columns.items() if isinstance(v, list)}, "tokens": len(ids)}
+            for i, ids in enumerate(completion_ids)
+        ]
         return scorer(texts, rows)
 
     rewards.__name__ = name
     return rewards
+
+
+def group_tokens(rows: list[dict], completion_ids: list[list[int]]) -> list[list[int]]:
+    """For each row, the tokens of all completions of its prompt. A collective: groups may straddle ranks."""
+    lengths = [(row["prompt_id"], len(ids)) for row, ids in zip(rows, completion_ids, strict=True)]
+    by_prompt = defaultdict(list)
+    for prompt, tokens in gather_object(lengths):
+        by_prompt[prompt].append(tokens)
+    return [by_prompt[row["prompt_id"]] for row in rows]
 
 
 def in_process_engine(batch_size: int, trainer: GRPOTrainer) -> InProcessEngine:
