@@ -18,6 +18,10 @@ class RunStopped(Exception):
     code = EXIT_STOPPED
 
 
+class SandboxBroken(RunStopped):
+    """The sandbox could not run a program at all: no score, and no reason to train on a batch of zeros."""
+
+
 class StageFailed(RunStopped):
     """A stage's command ended with an exit code other than 0, which becomes the pipeline's."""
 
