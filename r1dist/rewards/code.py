@@ -108,7 +108,7 @@ def _read_test(test: Any) -> Test | None:
     match test:
         case {"stdin": str(stdin), "stdout": str(stdout)} if stdout.split():
             return Test(stdin, None, stdout)
-        case {"call": str(call), "returns": returns}:
+        case {"call": str(call), "returns": returns} if call.strip():
             return Test("", call, returns)
     return None
 

@@ -34,7 +34,7 @@ OPEN_FILES = 64
 # One hash seed, so that a program that depends on the order of a set gets the same score after a resume.
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 # Process 1 of the namespace. When it ends the kernel kills whatever else is there, before bwrap ends.
-# The program is the first to go when the machine is out of memory, not the trainer.
+# When the machine is out of memory, its program goes before the trainer, unless it takes that mark off itself.
 FIRST_PROCESS = 'echo 1000 > /proc/self/oom_score_adj; "$@"; exit $?'
 CPU_SECONDS_SPENT = 128 + signal.SIGXCPU
 
@@ -47,9 +47,9 @@ class Limits:
     """Of the wall clock."""
     cpu_seconds: int = 10
     """Of a core, for each process."""
-    memory_mib: int = 512
+    memory_mib: int = 1024
     """Address space of each process."""
-    processes: int = 16
+    processes: int = 8
     """Processes and threads at one time."""
     output_bytes: int = 1 << 20
     """Of stdout, of stderr, and of any one file."""
