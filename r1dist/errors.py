@@ -18,7 +18,7 @@ class RunStopped(Exception):
     code = EXIT_STOPPED
 
 
-class VerifiersBroken(Exception):
+class VerifiersBroken(RunStopped):
     """Answers cannot be verified at all: the verifier or its sandbox is down. No answer is to blame for it."""
 
 
