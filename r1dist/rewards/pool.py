@@ -61,6 +61,7 @@ class Pool:
         self._items: queue.SimpleQueue = queue.SimpleQueue()
         self._begun: dict[tuple, Future] = {}
         self._broken_since: float | None = None
+        self._closed = threading.Event()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([verifier.__module__ for verifier in verifiers.values()])
         workers = limits.workers or max(1, len(os.sched_getaffinity(0)) // share)
@@ -76,6 +77,7 @@ class Pool:
 
     def close(self) -> None:
         """End the workers; what is still waiting is dropped."""
+        self._closed.set()
         while not self._items.empty():
             self._items.get()
         for _ in self._threads:
@@ -91,7 +93,9 @@ class Pool:
 
     def begin(self, name: str, completion: str, row: dict) -> None:
         """`submit` for whoever calls `scores` next; the row has a `prompt_id`."""
-        self._begun[name, completion, row["prompt_id"]] = self.submit(name, completion, row)
+        key = (name, completion, row["prompt_id"])
+        if key not in self._begun:
+            self._begun[key] = self.submit(name, completion, row)
 
     def settle(self) -> str | None:
         """Wait for all that has begun, and say why if verifying is broken."""
@@ -101,9 +105,10 @@ class Pool:
     def scores(self, name: str, completions: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
         """The scores in the order of `completions`. Raises as `submit`'s futures do."""
         futures = [
-            self._begun.pop((name, text, row.get("prompt_id")), None) or self.submit(name, text, row)
+            self._begun.get((name, text, row.get("prompt_id"))) or self.submit(name, text, row)
             for text, row in zip(completions, rows, strict=True)
         ]
+        self._begun = {key: future for key, future in self._begun.items() if key[0] != name}
         return [future.result() for future in futures]
 
     def _serve(self) -> None:
@@ -127,9 +132,9 @@ class Pool:
             except VerifiersBroken as error:
                 self.counts["broken"] += 1
                 self._broken_since = self._broken_since or time.monotonic()
-                if time.monotonic() - self._broken_since + waited > self.limits.patience:
+                over = time.monotonic() - self._broken_since + waited > self.limits.patience
+                if over or self._closed.wait(waited):
                     raise VerifiersBroken(f"{error} (tried for {self.limits.patience:g} s)") from error
-                time.sleep(waited)
                 waited = min(2 * waited, BACK_OFF)
 
     def _within_limits(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
