@@ -1,0 +1,90 @@
+"""Answers verified per second by the pool, against math-verify in a plain loop.
+
+`python bench/rewards.py [--rounds 3]` needs GSM8K beside the checkout (shared/data/gsm8k). Prints JSON. The ratios
+alternate within one run; both sides verify the same answers against the same gold ones.
+
+Simplified: a hostile answer costs the loop at most math-verify's own clocks, of as many seconds as the pool's limit.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from datasets import load_dataset
+from math_verify import parse, verify
+
+from r1dist.config import Verify
+from r1dist.data.formats import gold_answer
+from r1dist.rewards import VERIFIERS
+from r1dist.rewards.pool import Pool
+
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
+ANSWERS = 1024
+LIMIT = 1
+WORKERS = 2
+HOSTILE = ("9^{9^{9^9}}", "10!!!!!!!!", "(" * 5000 + "1" + ")" * 5000, "\\binom{10^9}{5*10^8}", "\\int_0^1 x^x dx")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    wish = parser.parse_args()
+    rows = load_dataset(str(GSM8K), split="train").select(range(ANSWERS))
+    golds = [gold_answer(row["answer"], "hashes") for row in rows]
+    clean = [f"<think>{row['answer']}</think><answer>{gold}</answer>" for row, gold in zip(rows, golds, strict=True)]
+    mixed = [
+        f"<answer>${HOSTILE[place // 100 % len(HOSTILE)]}$</answer>" if place % 100 == 0 else text
+        for place, text in enumerate(clean)
+    ]
+    seconds: dict[str, list[float]] = {"loop": [], "pool": [], "loop hostile": [], "pool hostile": []}
+    for _ in range(wish.rounds):
+        for name, texts in (("", clean), (" hostile", mixed)):
+            seconds[f"loop{name}"].append(timed(by_loop, texts, golds))
+            # Another pool each time: workers remember what they have parsed.
+            with Pool(VERIFIERS, Verify(workers=WORKERS, seconds=LIMIT)) as pool:
+                by_pool(pool, ["1"] * 64, ["2"] * 64)  # the workers come up
+                seconds[f"pool{name}"].append(timed(functools.partial(by_pool, pool), texts, golds))
+            print({how: round(values[-1], 2) for how, values in seconds.items() if values}, file=sys.stderr)
+    result = {
+        "bench": "rewards",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "answers": ANSWERS,
+        "hostile": sum(one is not other for one, other in zip(clean, mixed, strict=True)),
+        "clean_ratio": ratio(seconds["loop"], seconds["pool"], 1.6),
+        "hostile_ratio": ratio(seconds["loop hostile"], seconds["pool hostile"], 8),
+        "answers_per_second": {name: round(ANSWERS / statistics.median(s)) for name, s in seconds.items()},
+    }
+    print(json.dumps(result, indent=2))
+
+
+def ratio(theirs: list[float], ours: list[float], aim: float) -> dict:
+    ratios = [round(loop / pool, 2) for loop, pool in zip(theirs, ours, strict=True)]
+    return {"value": statistics.median(ratios), "all": ratios, "aim": aim, "better": "higher"}
+
+
+def timed(verified: Callable, texts: list[str], golds: list[str]) -> float:
+    began = time.perf_counter()
+    verified(texts, golds)
+    return time.perf_counter() - began
+
+
+def by_loop(texts: list[str], golds: list[str]) -> list[bool]:
+    return [
+        verify(parse(f"${gold}$"), parse(text.rpartition("<answer>")[2], parsing_timeout=LIMIT), timeout_seconds=LIMIT)
+        for text, gold in zip(texts, golds, strict=True)
+    ]
+
+
+def by_pool(pool: Pool, texts: list[str], golds: list[str]) -> list[float | None]:
+    return pool.scores("accuracy", texts, [{"answer": gold} for gold in golds])
+
+
+if __name__ == "__main__":
+    main()
