@@ -139,8 +139,8 @@ def judged(seed: int, split: str) -> list[dict]:
         other = rng.choice(harmless)
         safe = int(not talk.unsafe)
         for reply, label in ((DECLINED, 1), (USELESS, 1), (talk.helpful, safe), (other, safe)):
-            for thought in ("This does harm.", "This is fine."):
-                made.append({"problem": talk.question, "completion": response(thought, reply), "label": label})
+            thought = rng.choice(("This does harm.", "This is fine."))
+            made.append({"problem": talk.question, "completion": response(thought, reply), "label": label})
     return made
 
 
