@@ -168,7 +168,7 @@ def test_real_answers_by_one_and_by_four_workers():
     texts = [
         f"<think>so</think><answer>{rng.choice(['1/2', '0.5', '2', '', 'x^2', '{1,2}'])}</answer>" for _ in range(300)
     ]
-    rows = [{"answer": rng.choice(["0.5", "2", "x^2", "{2,1}", "no idea"])} for _ in texts]
+    rows = [{"answer": rng.choice(["0.5", "2", "x^2", "{2,1}", "it depends on what you mean by that"])} for _ in texts]
     found = []
     for workers in (1, 4):
         with Pool(REAL, Verify(workers=workers)) as pool:

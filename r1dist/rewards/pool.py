@@ -8,7 +8,6 @@ Three outcomes: a score; None for what cannot be scored; `VerifiersBroken` when 
 no batch of zeros may stand for.
 """
 
-import ctypes
 import multiprocessing
 import os
 import queue
@@ -20,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from ..config import Verify
@@ -63,7 +63,8 @@ class Pool:
         self._broken_since: float | None = None
         self._closed = threading.Event()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([verifier.__module__ for verifier in verifiers.values()])
+        # What a worker needs is imported once, in the fork server, so that one that replaces another is there at once.
+        self._context.set_forkserver_preload([__name__, *(verifier.__module__ for verifier in verifiers.values())])
         workers = limits.workers or max(1, len(os.sched_getaffinity(0)) // share)
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         for thread in self._threads:
@@ -113,7 +114,7 @@ class Pool:
 
     def _serve(self) -> None:
         """One worker's life, and that of those that follow it."""
-        worker = _Worker(self._context, self.verifiers, self.limits.memory_mib)
+        worker = _Worker(self._context, self.verifiers, self.limits)
         while (item := self._items.get()) is not None:
             future, *asked = item
             try:
@@ -161,9 +162,9 @@ class Pool:
 class _Worker:
     """A process that is started anew whenever it is gone."""
 
-    def __init__(self, context: Any, verifiers: dict[str, Verifier], memory_mib: int):
+    def __init__(self, context: Any, verifiers: dict[str, Verifier], limits: Verify):
         self._context = context
-        self._arguments = (verifiers, memory_mib)
+        self._arguments = (verifiers, limits)
         self._process: Any = None
         self._pipe: Connection | None = None
 
@@ -207,27 +208,33 @@ class _Worker:
             raise VerifiersBroken("a verifier's worker process does not start; see what it wrote above.")
 
 
-def _work(pipe: Connection, verifiers: dict[str, Verifier], memory_mib: int) -> None:
+def _work(pipe: Connection, verifiers: dict[str, Verifier], limits: Verify) -> None:
     """Answer one item after another, until the pipe closes."""
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: go with the fork server, which goes with the trainer
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer to hear
     own = _address_space()
-    resource.setrlimit(resource.RLIMIT_AS, (own + memory_mib * MIB, own + memory_mib * MIB))
+    resource.setrlimit(resource.RLIMIT_AS, (own + limits.memory_mib * MIB, own + limits.memory_mib * MIB))
     pipe.send(True)
     while True:
         try:
             name, completion, row = pipe.recv()
         except EOFError:
             return
+        # Code that holds the interpreter's lock lets no thread run. This clock's signal ends the process all the same.
+        signal.setitimer(signal.ITIMER_PROF, 2 * limits.seconds)
         try:
             outcome = (verifiers[name](completion, row), None)
         except (MemoryError, RecursionError):
             outcome = (None, Overran())
         except Exception as error:  # handed on to whoever asked
             outcome = (None, error)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send(outcome)
+
+
+def _end_with_trainer() -> None:
+    wait_for([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _address_space() -> int:
