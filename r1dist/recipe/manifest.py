@@ -17,7 +17,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
 # Written by every run beside its model: a record of the run, not a part of what it leaves.
 RECORDS = ("run.json", "metrics.jsonl", "report.json", "trainer_state.json")
 # Fields that change nothing about what a step leaves.
-INDIFFERENT = ("output_dir", "output", "dry_run", "resume")
+INDIFFERENT = ("output_dir", "output", "dry_run", "resume", "verify.workers", "verify.patience")
 
 
 class Manifest:

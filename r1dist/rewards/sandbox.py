@@ -187,7 +187,7 @@ def _follow(process: subprocess.Popen, report: int, seconds: float) -> tuple[int
 def _bubblewrap(limits: Limits) -> list[str]:
     drop_root = [_tool("setpriv", INSTALL), "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"]
     bwrap = _tool("bwrap", INSTALL)
-    shown = ["--ro-bind", "/usr", "/usr", "--ro-bind", "/etc", "/etc"]
+    shown = ["--ro-bind", "/usr", "/usr"]
     for path in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64")):
         if path.is_symlink():
             shown += ["--symlink", str(path.readlink()), str(path)]
