@@ -64,7 +64,8 @@ def test_launcher(tmp_path):
 
 def test_answers_that_no_verifier_can_read_are_refused(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"q": f"{n}?", "a": "see the appendix of the second volume"}) + "\n" for n in range(3)))
+    answer = "see the appendix of the second volume"
+    rows.write_text("".join(json.dumps({"q": f"{n}?", "a": answer}) + "\n" for n in range(3)))
     source = f"[{{path: {rows}, problem: q, answer: a}}]"
     done = launch("evaluate.py", "--data.sources", source, "--output", tmp_path / "scores.json")
     assert done.returncode == 2 and "no gold answer parses" in done.stderr
