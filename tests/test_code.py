@@ -164,9 +164,12 @@ for path in glob.glob("/tmp/**", recursive=True) + glob.glob("/proc/[0-9]*/*") +
 for line in open("/proc/self/maps"):
     low, high, mode = re.match(r"(\\w+)-(\\w+) (....)", line).groups()
     if mode.startswith("rw") and "[v" not in line:
-        with open("/proc/self/mem", "rb", 0) as memory:
-            memory.seek(int(low, 16))
-            seen += memory.read(min(int(high, 16) - int(low, 16), 32 << 20))
+        try:
+            with open("/proc/self/mem", "rb", 0) as memory:
+                memory.seek(int(low, 16))
+                seen += memory.read(min(int(high, 16) - int(low, 16), 32 << 20))
+        except OSError:  # given back to the system meanwhile
+            pass
 """
     find = look + "print(*[word for word in ({words}) if word[::-1].encode() in seen])"
     hidden = ["moc-wollems-one", "moc-wollems-two"]

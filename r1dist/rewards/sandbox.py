@@ -29,7 +29,7 @@ INSTALL = "apt-get install bubblewrap util-linux"
 # As root, bwrap itself is run by this user: root's processes are not held to a number of processes by the kernel,
 # and a program that breaks out should not be root.
 NOBODY = 65534
-SETUP_SECONDS = 30
+KERNEL_SECONDS = 30  # far beyond what it takes to make namespaces, or to end them
 OPEN_FILES = 64
 # One hash seed, so that a program that depends on the order of a set gets the same score after a resume.
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
@@ -157,14 +157,17 @@ def _follow(process: subprocess.Popen, report: int, seconds: float) -> tuple[int
     bwrap reports the namespace's first process, then the program's exit code if it was run, and closes the pipe
     at its end.
     """
-    told, late, deadline = b"", False, time.monotonic() + SETUP_SECONDS
+    told, late, deadline = b"", False, time.monotonic() + KERNEL_SECONDS
     closing = select.poll()
     closing.register(report, select.POLLIN)
     try:
         while True:
-            wait = None if late else max(0.0, deadline - time.monotonic()) * 1000
-            if not closing.poll(wait):
-                late = True
+            if not closing.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                if late:
+                    raise VerifiersBroken(
+                        f"Process {process.pid}, a sandbox, does not end. What is the machine waiting for?"
+                    )
+                late, deadline = True, time.monotonic() + KERNEL_SECONDS
                 # bwrap waits until the kernel has ended everything in the namespace with its first process.
                 os.kill(json.loads(told.splitlines()[0])["child-pid"] if told else process.pid, signal.SIGKILL)
                 continue
@@ -175,7 +178,7 @@ def _follow(process: subprocess.Popen, report: int, seconds: float) -> tuple[int
                 deadline = time.monotonic() + seconds
             told += piece
     finally:
-        process.kill()  # only an exception, Ctrl-C say, leaves something to kill
+        process.kill()  # only an exception, Ctrl-C say, leaves something to kill; the rest dies with it
         process.wait()
     said = {}
     for line in told.splitlines():
