@@ -59,10 +59,11 @@ class Rewards:
 
     def begin(self, step: int, text: str, row: dict) -> None:
         """Let verification start on a completion, before the scorers are asked for its batch."""
-        for name in VERIFIERS.keys() & self.rewards.keys():
-            reward = self.rewards[name]
-            if step >= reward.from_step and (reward.kinds is None or row["kind"] in reward.kinds):
-                self.pool.begin(name, text, row)
+        for name, reward in self.rewards.items():
+            verifier = "accuracy" if name in GRADED else name
+            due = step >= reward.from_step and (reward.kinds is None or row["kind"] in reward.kinds)
+            if verifier in VERIFIERS and due:
+                self.pool.begin(verifier, text, row)
 
 
 def _scorer(name: str, reward: Reward, pool: Pool) -> Scorer:
