@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -31,9 +32,8 @@ SMALL_SFT = {
 }
 
 
-@pytest.fixture
-def pipeline(tmp_path):
-    """base -> samples -> sft -> rl, of seconds each."""
+def small_recipe(folder: Path) -> dict:
+    """base -> samples -> sft -> rl, of seconds each; the stages' YAMLs are written into `folder`."""
     tiny = {"path": "tiny", "limit": 64}
     way = {"name": "direct", "model": {"path": "tiny"}, "data": {"sources": [tiny]}, "per_prompt": 4}
     way |= {"prompting": {"prefill": "<think>"}, "sampling": {"samples": 4, "max_tokens": 80}}
@@ -43,11 +43,11 @@ def pipeline(tmp_path):
         "sampling": {"samples": 2, "max_tokens": 48},
     }
     sampling = {"ways": [way], "filters": {"language": None}, "rollout": {"batch_size": 64}}
-    write_yaml(tmp_path / "samples.yaml", {**sampling, "output_dir": "unused"})
-    write_yaml(tmp_path / "sft.yaml", {**SMALL_SFT, "output_dir": "unused"})
+    write_yaml(folder / "samples.yaml", {**sampling, "output_dir": "unused"})
+    write_yaml(folder / "sft.yaml", {**SMALL_SFT, "output_dir": "unused"})
     few = {"per_device_train_batch_size": 16, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    write_yaml(tmp_path / "grpo.yaml", {**SMALL_GRPO, **few, "output_dir": "unused"})
-    write_yaml(tmp_path / "evaluate.yaml", evaluation)
+    write_yaml(folder / "grpo.yaml", {**SMALL_GRPO, **few, "output_dir": "unused"})
+    write_yaml(folder / "evaluate.yaml", evaluation)
     stages = [
         {"name": "base", "kind": "base", "model": "tiny"},
         {"name": "rl", "kind": "grpo", "config": "grpo.yaml", "inputs": {"model.path": "sft"}},
@@ -56,8 +56,23 @@ def pipeline(tmp_path):
         | {"inputs": {"model.path": "base", "data.sources.0.path": "samples"}},
     ]
     goals = [{"stage": "sft", "score": "eval.format", "above": "base"}]
-    tree = {"output_dir": str(tmp_path / "run"), "stages": stages, "evaluate": "evaluate.yaml", "goals": goals}
+    tree = {"output_dir": str(folder / "run"), "stages": stages, "evaluate": "evaluate.yaml", "goals": goals}
     return {**tree, "accelerate": "configs/accelerate/zero2_cpu.yaml"}
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    return small_recipe(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A finished run's folder, and what was printed. Each test puts it back as it was: runs hold their own paths."""
+    folder = tmp_path_factory.mktemp("recipe")
+    done = launch("pipeline.py", "--config", written(folder, small_recipe(folder)))
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(folder / "run", folder / "whole")
+    return folder, done.stdout
 
 
 def written(tmp_path, tree) -> Path:
@@ -78,20 +93,26 @@ def outcome(folder: Path) -> dict[str, tuple]:
     }
 
 
-def test_a_recipe_runs_once_and_is_repeated_only_where_something_changed(tmp_path, pipeline):
-    config = written(tmp_path, pipeline)
-    run = tmp_path / "run"
-    done = launch("pipeline.py", "--config", config)
-    assert done.returncode == 0, done.stderr
+def as_it_was(folder: Path) -> Path:
+    """The run's folder, put back; returns the recipe's YAML, written anew."""
+    shutil.rmtree(folder / "run", ignore_errors=True)  # a test that failed may have left none
+    shutil.copytree(folder / "whole", folder / "run")
+    return written(folder, small_recipe(folder))
+
+
+def test_a_recipe_runs_each_stage_in_its_turn(undisturbed):
+    folder, printed = undisturbed
+    as_it_was(folder)
+    run = folder / "run"
     order = ["base.evaluation", "samples", "sft", "sft.evaluation", "rl", "rl.evaluation"]
-    assert list(acts(done.stdout)) == order
+    assert list(acts(printed)) == order
     summary = json.loads((run / "summary.json").read_text())
     stages = {stage["name"]: stage for stage in summary["stages"]}
     assert list(stages) == ["base", "rl", "samples", "sft"]
     for name in ("base", "sft", "rl"):
         assert {"accuracy", "ci95", "format", "language", "mean_tokens"} <= stages[name]["eval"].keys()
     assert stages["sft"]["eval"]["format"] > stages["base"]["eval"]["format"]
-    assert [goal["met"] for goal in summary["goals"]] == [True] and "met     sft: format" in done.stdout
+    assert [goal["met"] for goal in summary["goals"]] == [True] and "met     sft: format" in printed
     assert stages["samples"]["data"]["rows"] > 40
     losses = [line["loss"] for line in metrics(run / "sft")]
     assert losses[-1] < losses[0]
@@ -102,14 +123,18 @@ def test_a_recipe_runs_once_and_is_repeated_only_where_something_changed(tmp_pat
         "model.path", "data.sources.0.path", "accelerate"
     }  # fmt: skip
 
+
+def test_a_stage_is_repeated_only_where_something_changed(undisturbed):
+    folder, _ = undisturbed
+    config, run = as_it_was(folder), folder / "run"
     first = outcome(run)
     done = launch("pipeline.py", "--config", config)
     assert done.returncode == 0, done.stderr
     assert {act for act, _ in acts(done.stdout).values()} == {"skip"} and outcome(run) == first
 
     # A filter drops some rows: the models after it are made anew, the base is not measured again.
-    samples = (tmp_path / "samples.yaml").read_text().replace("language: null", "language: null\n  min_tokens: 40")
-    (tmp_path / "samples.yaml").write_text(samples)
+    samples = (folder / "samples.yaml").read_text().replace("language: null", "language: null\n  min_tokens: 40")
+    (folder / "samples.yaml").write_text(samples)
     done = launch("pipeline.py", "--config", config, "--until", "sft")
     assert done.returncode == 0, done.stderr
     told = acts(done.stdout)
@@ -126,12 +151,11 @@ def test_a_recipe_runs_once_and_is_repeated_only_where_something_changed(tmp_pat
     assert acts(planned)["sft"][0] == "skip" and acts(planned)["rl"][0] == "again"
 
 
-def test_killed_anywhere_the_same_command_comes_to_the_same(tmp_path, pipeline):
-    config = written(tmp_path, pipeline)
-    run, log = tmp_path / "run", tmp_path / "log"
-    done = launch("pipeline.py", "--config", config)
-    assert done.returncode == 0, done.stderr
-    run.rename(tmp_path / "whole")  # where the other will be: paths are part of what is compared
+def test_killed_anywhere_the_same_command_comes_to_the_same(undisturbed):
+    folder, _ = undisturbed
+    config = as_it_was(folder)
+    run, whole_run, log = folder / "run", folder / "whole", folder / "log"
+    shutil.rmtree(run)
     # When to kill: up to some seconds after this file is there. Every stage has its turn, at another place each time.
     seed = random.randrange(10**6)
     rng = random.Random(seed)
@@ -155,10 +179,10 @@ def test_killed_anywhere_the_same_command_comes_to_the_same(tmp_path, pipeline):
     done = launch("pipeline.py", "--config", config)
     assert done.returncode == 0, done.stderr
     assert log.read_text().count(" resume: ") + log.read_text().count(" again: cut off") >= 2
-    whole = outcome(tmp_path / "whole")
+    whole = outcome(whole_run)
     here = outcome(run)
     assert here.keys() == whole.keys()
-    assert (run / "samples" / "rows.jsonl").read_text() == (tmp_path / "whole" / "samples" / "rows.jsonl").read_text()
+    assert (run / "samples" / "rows.jsonl").read_text() == (whole_run / "samples" / "rows.jsonl").read_text()
     assert here == whole
     for name in ("sft", "rl"):
         steps = [line["step"] for line in metrics(run / name)]
