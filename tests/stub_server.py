@@ -38,7 +38,7 @@ class StubServer:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/weight_info", self._info)
         app.router.add_post("/{control}", self._control)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
