@@ -22,6 +22,7 @@ class StubServer:
         self.wrong: str | None = None
         self.asked: Counter[str] = Counter()
         self.seeds: list[int] = []
+        self._stopping = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
@@ -30,6 +31,7 @@ class StubServer:
         self.wrong = kind
 
     def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -38,7 +40,7 @@ class StubServer:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/weight_info", self._info)
         app.router.add_post("/{control}", self._control)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
@@ -67,7 +69,7 @@ class StubServer:
         elif self.wrong == "garbage":
             return web.Response(text="<html>bad gateway</html>")
         elif self.wrong == "hang":
-            await asyncio.sleep(3600)
+            await self._stopping.wait()
         choices = [self._choice(index, body) for index in range(body["n"])]
         return web.json_response({"choices": choices[1:] if self.wrong == "choices" else choices})
 
