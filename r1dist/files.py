@@ -11,7 +11,9 @@ from pathlib import Path
 from .errors import UserError
 
 MARK, LOCK = "run.json", ".lock"
-WHOLE = "complete"  # in a checkpoint that all ranks have written to its end
+SUMS = "checksums.json"  # the last file of a checkpoint: with it, it is whole
+ENDED = "ended.json"  # why a run stopped before its end
+STOP = "stop"  # put there, it asks the run to save and stop, as a signal does
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")
 
 
@@ -20,7 +22,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     if resume:
         if not (folder / MARK).exists():
             raise UserError(f"output_dir {folder} holds no run to resume. Leave out --resume to start one.")
-    elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    elif folder.is_dir() and any(path.name not in (LOCK, STOP) for path in folder.iterdir()):
         raise UserError(
             f"output_dir {folder} already holds a run or other files.\n"
             "Pass --resume to go on with it, or choose another --output_dir."
@@ -52,8 +54,12 @@ def owned(folder: Path) -> Iterator[None]:
 
     Raises `UserError` if a living process has it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be written to: {error.strerror}. Choose another.") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

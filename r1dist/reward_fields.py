@@ -42,6 +42,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "helpfulness": ("model",),
     "language": ("target",),
     "safety": ("model",),
+    "code": (),
+    "code_format": (),
     "cosine": ("max_tokens", "correct", "wrong"),
     "length": (),
     "overlong": ("max_tokens", "cache_tokens"),

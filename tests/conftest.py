@@ -89,3 +89,14 @@ def base_model():
     from r1dist.tiny import BASE_DIR
 
     return AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype="float32").eval()
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """Starts launchers in a moment."""
+    from small_runs import Zygote
+
+    zygote = Zygote()
+    yield zygote
+    zygote.process.stdin.close()
+    zygote.process.wait()

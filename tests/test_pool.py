@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def test_past_its_patience_it_says_so_for_every_item_and_gives_no_zeros(tmp_path
         for number, text in enumerate(texts):
             pool.begin("obey", text, {"prompt_id": number})
         began = time.monotonic()
-        assert pool.settle() == "the sandbox is down. (tried for 3 s)"
+        assert re.fullmatch(r"the sandbox is down. \(tried for \d s\)", pool.settle())
         assert time.monotonic() - began < 120
         with pytest.raises(VerifiersBroken):
             pool.scores("obey", texts[:1], [{"prompt_id": 0}])

@@ -5,13 +5,16 @@ import inspect
 
 import pytest
 import trl
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from r1dist.train import grpo
+from r1dist.train.checkpoints import ResumableTrainer
 from r1dist.trl_fields import field_types
 
 # As of trl 1.16.0. An upgrade that changes one of them must be looked at by a person.
 SIGNATURES = {
+    "_get_train_sampler": "(self, dataset: datasets.arrow_dataset.Dataset | None = None) "
+    "-> torch.utils.data.sampler.Sampler",
     "_prepare_inputs": "(self, generation_batch: dict[str, torch.Tensor | typing.Any]) "
     "-> dict[str, torch.Tensor | typing.Any]",
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
@@ -20,6 +23,14 @@ SIGNATURES = {
     "num_images=None, pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, "
     "token_type_ids=None, mm_token_type_ids=None, image_position_ids=None) "
     "-> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]",
+}
+# Of transformers' Trainer, the parameters of what `ResumableTrainer` overrides.
+TRANSFORMERS = {
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "log": ["self", "logs", "start_time"],
+    "_get_output_dir": ["self", "trial"],
+    "_save_checkpoint": ["self", "model", "trial"],
 }
 # Attributes of the trainer that the subclass reads or sets.
 ATTRIBUTES = (
@@ -57,6 +68,14 @@ def test_signature(name):
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_overrides_call_super(name):
     assert f"super().{name}(" in inspect.getsource(getattr(grpo.GRPOTrainer, name))
+
+
+def test_what_makes_trainers_resumable_overrides_what_it_means_to():
+    ours = {name for name, member in vars(ResumableTrainer).items() if inspect.isfunction(member)}
+    assert {name for name in ours if hasattr(Trainer, name)} - {"__init__"} == TRANSFORMERS.keys()
+    for name, parameters in TRANSFORMERS.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters
+        assert f"super().{name}(" in inspect.getsource(getattr(ResumableTrainer, name))
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)

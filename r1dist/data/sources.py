@@ -1,9 +1,11 @@
 """Rows from a hub id, a local folder, a file, or the tiny problem generator.
 
 Whatever the source, a row leaves here with the same columns: `problem`, `answer` (for rewards), `messages`
-(for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`.
+(for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`; a program's `tests` (JSON) and
+`language`.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TINY_DEFAULT_ROWS = 4096
-PROBLEM_FEATURES = Features({name: Value("string") for name in ("problem", "answer", "system", "source", "kind")})
+PROBLEM_COLUMNS = ("problem", "answer", "system", "source", "kind", "tests", "language")
+PROBLEM_FEATURES = Features({name: Value("string") for name in PROBLEM_COLUMNS})
 LISTED_FEATURES = Features({**PROBLEM_FEATURES, "answer": List(Value("string"))})
 GENERATED: dict[str, Callable[[Source], list[dict]]] = {
     "tiny": lambda source: worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split),
@@ -35,7 +38,7 @@ GENERATED: dict[str, Callable[[Source], list[dict]]] = {
 
 
 def load_problems(sources: list[Source]) -> Dataset:
-    """All rows with `problem`, `answer`, `system`, `source` and `kind`.
+    """All rows with `problem`, `answer`, `system`, `source`, `kind`, `tests` and `language`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
     source holds lists of equally right answers, `answer` is a list in all rows.
@@ -99,6 +102,7 @@ def _problems(source: Source) -> Dataset:
     columns = {"problem": source.problem, "answer": source.answer}
     if source.answer is None and source.kind != "math":
         del columns["answer"]
+    columns |= {field: named for field in ("tests", "language") if (named := getattr(source, field)) is not None}
     _require(source, raw, columns)
     listed = source.answer is not None and isinstance(raw.features[source.answer], List)
 
@@ -115,6 +119,8 @@ def _problems(source: Source) -> Dataset:
             "system": row[source.system] if source.system else None,
             "source": source.path,
             "kind": source.kind,
+            "tests": _as_json(row[source.tests]) if source.tests else None,
+            "language": row[source.language] if source.language else None,
         }
 
     rows = raw.map(
@@ -130,6 +136,10 @@ def _problems(source: Source) -> Dataset:
     if missing:
         logger.warning("%s: left out %d of %d rows, which have no answer", source.path, missing, len(rows))
     return answered
+
+
+def _as_json(tests: Any) -> str | None:
+    return tests if tests is None or isinstance(tests, str) else json.dumps(tests)
 
 
 def _conversations(source: Source) -> Dataset:

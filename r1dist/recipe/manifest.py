@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..fields import flat
 from ..files import write_json
 from ..tiny import EMBEDDED
 from .graph import Step
@@ -17,7 +17,8 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
 # Written by every run beside its model: a record of the run, not a part of what it leaves.
 RECORDS = ("run.json", "metrics.jsonl", "report.json", "trainer_state.json")
 # Fields that change nothing about what a step leaves.
-INDIFFERENT = ("output_dir", "output", "dry_run", "resume", "verify.workers", "verify.patience")
+INDIFFERENT = ("output_dir", "output", "dry_run", "resume", "verify.workers", "verify.patience",
+               "train.stall_timeout")  # fmt: skip
 
 
 class Manifest:
@@ -56,9 +57,11 @@ def digest(path: Path) -> str:
 
 def inputs_of(step: Step) -> dict[str, str]:
     """The digest of each file or folder that the step's configuration names, by the field that names it."""
-    fields = list(_fields(step.config))
-    named = {field: Path(value) for field, value in fields if _is_path(field, value)}
-    named |= {field: EMBEDDED[value] for field, value in fields if field.endswith("model.path") and value in EMBEDDED}
+    fields = _settings(step)
+    named = {field: Path(value) for field, value in fields.items() if _is_path(field, value)}
+    named |= {
+        field: EMBEDDED[value] for field, value in fields.items() if field.endswith("model.path") and value in EMBEDDED
+    }
     if step.accelerate is not None:
         named["accelerate"] = Path(step.accelerate)
     return {field: digest(path) for field, path in named.items()}
@@ -66,12 +69,7 @@ def inputs_of(step: Step) -> dict[str, str]:
 
 def settings_of(step: Step, inputs: dict[str, str]) -> dict[str, Any]:
     """The configuration's other fields, by their dotted names."""
-    return {field: value for field, value in _fields(step.config) if field not in inputs}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the fields that are not the same in both."""
-    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return {field: value for field, value in _settings(step).items() if field not in inputs}
 
 
 def _is_path(field: str, value: Any) -> bool:
@@ -81,12 +79,5 @@ def _is_path(field: str, value: Any) -> bool:
     return ("/" in value or "." in value) and Path(value).exists()
 
 
-def _fields(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        name = f"{prefix}{key}"
-        if name in INDIFFERENT:
-            continue
-        if isinstance(value, dict | list) and value:
-            yield from _fields(value, f"{name}.")
-        else:
-            yield name, value
+def _settings(step: Step) -> dict[str, Any]:
+    return {field: value for field, value in flat(step.config).items() if field not in INDIFFERENT}

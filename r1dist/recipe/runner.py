@@ -11,18 +11,21 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from ..errors import StageFailed, UserError
-from ..files import WHOLE, owned, versions, write_json
+from ..errors import Interrupted, StageFailed, UserError
+from ..fields import differences
+from ..files import ENDED, STOP, SUMS, owned, versions, write_json
 from ..report.page import write_page
 from ..report.table import goals_list, stage_table
 from .goals import judge
 from .graph import EVALUATION, Graph, Step
-from .manifest import Manifest, differences, digest, inputs_of, settings_of
+from .manifest import Manifest, digest, inputs_of, settings_of
 
 LAST_LINES = 8
 
@@ -112,7 +115,8 @@ class Runner:
     def _do(self, step: Step, decision: Decision, inputs: dict[str, str]) -> None:
         if decision.act == "again":
             self._put_aside(step)
-        command = [*step.command, "--resume"] if decision.act == "resume" and step.trains else step.command
+        resumes = decision.act == "resume" and step.trains
+        command = [*step.command, "--resume", "auto"] if resumes else step.command
         print(shlex.join(command), flush=True)
         before = self.manifest.steps.get(step.name, {}) if decision.act == "resume" else {}
         record = {
@@ -125,7 +129,7 @@ class Runner:
         }
         self.manifest.write(step.name, record)
         began = time.monotonic()
-        code = self._execute(step, command)
+        code, asked = self._execute(step, command)
         record |= {
             "exit_code": code,
             "ended": _now(),
@@ -133,11 +137,15 @@ class Runner:
             "seconds": round(time.monotonic() - began, 1),
         }
         if code:
-            self.manifest.write(step.name, record | {"state": "failed"})
+            code = _code_noted(step, code)
+            self.manifest.write(step.name, record | {"state": "failed", "exit_code": code})
             raise StageFailed(self._failure(step, code), code)
         self.manifest.write(step.name, record | {"state": "finished", "output": digest(step.output)})
+        if asked:
+            raise Interrupted(f"`{step.name}` is done, the others are not begun. The same command goes on.")
 
-    def _execute(self, step: Step, command: list[str]) -> int:
+    def _execute(self, step: Step, command: list[str]) -> tuple[int, bool]:
+        """The command's exit code, and whether this runner was asked to stop in the meantime."""
         log = self._log(step)
         log.parent.mkdir(exist_ok=True)
         with log.open("a") as file:
@@ -152,11 +160,12 @@ class Runner:
                 env={"TOKENIZERS_PARALLELISM": "false", **os.environ},
                 preexec_fn=_end_with_parent,
             )
-            for line in process.stdout:
-                file.write(line)
-                if line.startswith("step "):
-                    print(f"  {line}", end="", flush=True)
-        return process.wait()
+            with _handing_on(step, process) as asked:
+                for line in process.stdout:
+                    file.write(line)
+                    if line.startswith("step "):
+                        print(f"  {line}", end="", flush=True)
+                return process.wait(), bool(asked)
 
     def _failure(self, step: Step, code: int) -> str:
         log = self._log(step)
@@ -208,8 +217,41 @@ class Runner:
         return summary
 
 
+@contextmanager
+def _handing_on(step: Step, process: subprocess.Popen) -> Iterator[list[int]]:
+    """Ask the step to stop when this runner is asked to; yields the signals that came. A second one ends it at once.
+
+    A training is asked by a file: launchers stand between, and they do not hand on every signal.
+    """
+    came: list[int] = []
+
+    def hear(number: int, frame) -> None:
+        came.append(number)
+        if len(came) > 1:
+            os._exit(128 + number)  # the kernel ends the step with us
+        print(f"{signal.Signals(number).name}: waiting for `{step.name}` to save and stop.", flush=True)
+        if step.trains:
+            step.folder.mkdir(exist_ok=True)
+            (step.folder / STOP).touch()
+        else:
+            process.terminate()
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _code_noted(step: Step, code: int) -> int:
+    """The exit code that a training left in its folder: its launcher's own is 1 whatever happened."""
+    noted = step.folder / ENDED if step.folder is not None else None
+    return json.loads(noted.read_text())["code"] if noted is not None and noted.exists() else code
+
+
 def _checkpoints(folder: Path) -> bool:
-    return any(folder.glob(f"checkpoint-*/{WHOLE}"))
+    return any(folder.glob(f"checkpoint-*/{SUMS}"))
 
 
 def _holds_something(folder: Path) -> bool:

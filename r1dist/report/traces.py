@@ -1,6 +1,7 @@
 """Every rollout as a row of JSONL, written by the rank that made it."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +61,15 @@ class TraceWriter:
     def __init__(self, output_dir: str, rank: int):
         self.path = Path(output_dir) / FOLDER / f"rank{rank}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Forget what was written after the first `size` bytes."""
+        if self.path.exists():
+            os.truncate(self.path, min(size, self.size()))
 
     def write(self, rows: Iterable[TraceRow]) -> None:
         lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)

@@ -133,9 +133,9 @@ class Pool:
             except VerifiersBroken as error:
                 self.counts["broken"] += 1
                 self._broken_since = self._broken_since or time.monotonic()
-                over = time.monotonic() - self._broken_since + waited > self.limits.patience
-                if over or self._closed.wait(waited):
-                    raise VerifiersBroken(f"{error} (tried for {self.limits.patience:g} s)") from error
+                tried = time.monotonic() - self._broken_since
+                if tried + waited > self.limits.patience or self._closed.wait(waited):
+                    raise VerifiersBroken(f"{error} (tried for {tried:.0f} s)") from error
                 waited = min(2 * waited, BACK_OFF)
 
     def _within_limits(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
@@ -153,7 +153,7 @@ class Pool:
     def _asked_again(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
         for _ in range(DEATHS):
             try:
-                return worker.ask(name, completion, row, self.limits.seconds)
+                return worker.ask(name, completion, row, self.limits.of(name))
             except Died:
                 self.counts["died"] += 1
         raise Overran
@@ -211,9 +211,11 @@ class _Worker:
 def _work(pipe: Connection, verifiers: dict[str, Verifier], limits: Verify) -> None:
     """Answer one item after another, until the pipe closes."""
     threading.Thread(target=_end_with_trainer, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer to hear
-    own = _address_space()
-    resource.setrlimit(resource.RLIMIT_AS, (own + limits.memory_mib * MIB, own + limits.memory_mib * MIB))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # for the trainer to hear, which still needs its workers
+    # The soft limit alone: a sandbox that a verifier starts has limits of its own.
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + limits.memory_mib * MIB, hard))
     pipe.send(True)
     while True:
         try:
@@ -221,7 +223,7 @@ def _work(pipe: Connection, verifiers: dict[str, Verifier], limits: Verify) -> N
         except EOFError:
             return
         # Code that holds the interpreter's lock lets no thread run. This clock's signal ends the process all the same.
-        signal.setitimer(signal.ITIMER_PROF, 2 * limits.seconds)
+        signal.setitimer(signal.ITIMER_PROF, 2 * limits.of(name))
         try:
             outcome = (verifiers[name](completion, row), None)
         except (MemoryError, RecursionError):

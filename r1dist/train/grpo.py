@@ -37,12 +37,14 @@ from ..rollout.protocol import Engine, Request, Rollout, RolloutsLost, Sampling,
 from ..rollout.servers.engine import Policy
 from ..rollout.servers.start import connect, start_managed
 from ..rollout.weights.source import WeightSource
-from .checkpoints import WholeCheckpoints
+from .checkpoints import ResumableTrainer
 from .clock import PhaseClock
 from .microbatch import by_length, logprobs_by_length, may_group
+from .order import SeededOrder
+from .reference import REFERENCE, link, load_reference, replace_trl_callback
 from .shared import computing_dtype, hardware_defaults, lora_config, run_folder, trl_arguments
 
-OVERRIDDEN = ("_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
+OVERRIDDEN = ("_get_train_sampler", "_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
 PROBE_TOKENS = 32
 COLUMNS = {
     "reward": "reward",
@@ -97,10 +99,13 @@ class _EngineBackend:
 
 
 class _ClockCallback(TrainerCallback):
-    """Ends the phase `train` with the optimizer step and logs the seconds of all phases."""
+    """Ends the phase `train` with the optimizer step, logs the seconds of all phases; tells the order its epoch."""
 
     def __init__(self, trainer: "GRPOTrainer"):
         self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         clock = self.trainer.clock
@@ -111,7 +116,7 @@ class _ClockCallback(TrainerCallback):
             self.trainer._metrics["train"][f"seconds/{phase}"].append(seconds)
 
 
-class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
+class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
     """`trl.GRPOTrainer` whose completions come from an `Engine`, with traces and a clock by phase.
 
     Args:
@@ -136,6 +141,7 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
         self.generated: list[Rollout] | None = None
         self.local_rewards: list[dict[str, float | None]] = []
         self._generation_rows: list[dict] = []
+        self._generated_at: int | None = None  # the micro-step before which the rollouts at hand were made
         self.sampling = Sampling(
             max_tokens=self.max_completion_length,
             temperature=self.temperature,
@@ -152,6 +158,7 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
             # It samples from the trained module itself: there is nothing to correct.
             self.vllm_importance_sampling_correction = False
         self.add_callback(_ClockCallback(self))
+        replace_trl_callback(self)
 
     def note_memory(self, phase: str) -> None:
         """Log the GiB in use on this GPU at the end of `phase`, by all processes: allocators keep their peak."""
@@ -179,9 +186,48 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
             requests.append(Request(ids, row["prompt_id"], index, seed))
         return requests
 
+    def position(self) -> dict[str, Any]:
+        return {
+            **super().position(),
+            "micro_steps": self._step,
+            "generated_at": self._generated_at,
+            "rollouts": self._buffered_inputs if self.in_generation() else None,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "trace_bytes": self.traces.size() if self.traces else 0,
+        }
+
+    def take_position(self, position: dict[str, Any]) -> None:
+        super().take_position(position)
+        self._step = position["micro_steps"]
+        self._generated_at = position["generated_at"]
+        self._buffered_inputs = position["rollouts"]
+        self._metrics["train"].update(position["metrics"])
+        if self.traces is not None:
+            self.traces.cut(position["trace_bytes"])
+
+    def in_generation(self) -> bool:
+        begun = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return self._buffered_inputs is not None and (begun or self._generated_at == self._step)
+
+    def restore(self, checkpoint: Path) -> None:
+        if (checkpoint / REFERENCE).exists():
+            load_reference(self.accelerator.unwrap_model(self.ref_model), checkpoint / REFERENCE)
+
+    def write_more(self, checkpoint: Path) -> None:
+        if (Path(self.args.output_dir) / REFERENCE).exists():
+            link(Path(self.args.output_dir) / REFERENCE, checkpoint / REFERENCE)
+
+    def _get_train_sampler(self, dataset=None):
+        self.order = SeededOrder(super()._get_train_sampler(dataset))
+        return self.order
+
     def _prepare_inputs(self, generation_batch):
         if self.clock.running("train"):
             self.clock.stop("train")
+        if self.model.training and self._generated_at == self._step:
+            # A checkpoint held these rollouts, which nothing was trained on yet.
+            self.clock.start("train")
+            return self._buffered_inputs[self._step % self.args.steps_per_generation]
         self._generation_rows = generation_batch
         self.generated = None
         with self.clock.phase("prepare"):
@@ -189,11 +235,14 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
         if self.model.training:
             if self.generated is not None:
                 inputs = self._take_up(generation_batch, inputs)
+                self._generated_at = self._step
+                self.note_generation()
             self.clock.start("train")
         return inputs
 
     def begin_rewards(self, place: int, rollout: Rollout) -> None:
         """Let verification start on this rank's rollout `place`, while others are still on their way."""
+        self.watchdog.beat()
         text = self.processing_class.decode(rollout.token_ids, skip_special_tokens=True)
         self.rewards.begin(self.state.global_step, text, self._generation_rows[place])
 
@@ -211,6 +260,7 @@ class GRPOTrainer(WholeCheckpoints, trl.GRPOTrainer):
             self._settle_or_stop()
             groups = group_tokens(inputs, completion_ids_list)
             rows = [{**row, "group_tokens": tokens} for row, tokens in zip(inputs, groups, strict=True)]
+            rows = self.rewards.graded(self.state.global_step, texts_of(completions), rows)
             rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         self.local_rewards = [
@@ -268,7 +318,7 @@ def as_trl_reward(name: str, scorer: Scorer, from_step: int) -> Callable:
     def rewards(prompts, completions, completion_ids, trainer_state, **columns) -> list[float | None]:
         if trainer_state.global_step < from_step:
             return [None] * len(completions)
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = texts_of(completions)
         rows = [
             {**{k: v[i] for k, v in columns.items() if isinstance(v, list)}, "tokens": len(ids)}
             for i, ids in enumerate(completion_ids)
@@ -277,6 +327,11 @@ def as_trl_reward(name: str, scorer: Scorer, from_step: int) -> Callable:
 
     rewards.__name__ = name
     return rewards
+
+
+def texts_of(completions: list[str] | list[list[dict]]) -> list[str]:
+    """The texts of completions, which TRL gives as messages where the prompt was a conversation."""
+    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
 
 
 def group_tokens(rows: list[dict], completion_ids: list[list[int]]) -> list[list[int]]:
@@ -353,6 +408,7 @@ def build(
         make_engine=make_engine,
         rewards=rewards,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
+        stall_timeout=run.train.stall_timeout,
         model=model_path(run.model),
         reward_funcs=[
             as_trl_reward(name, scorer, run.rewards[name].from_step) for name, scorer in rewards.scorers.items()
@@ -416,5 +472,5 @@ def save_before_stopping(trainer: GRPOTrainer) -> str:
     step = trainer.state.global_step
     if step == 0:
         return "No step was finished, so there is nothing to save."
-    trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.save_where_it_began()
     return f"Step {step} is saved in {trainer.args.output_dir}; --resume goes on from there."

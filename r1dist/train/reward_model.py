@@ -29,7 +29,7 @@ from ..parse import trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
 from ..rewards.model import ModelReward, conversation_ids
-from .checkpoints import WholeCheckpoints
+from .checkpoints import ResumableTrainer
 from .shared import hardware_defaults, run_folder, trl_arguments
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class Scores:
     ci95: tuple[float, float]
 
 
-class PairTrainer(WholeCheckpoints, trl.RewardTrainer):
+class PairTrainer(ResumableTrainer, trl.RewardTrainer):
     """TRL's: -log sigmoid(score of the chosen - score of the rejected)."""
 
 
-class LabelTrainer(WholeCheckpoints, Trainer):
+class LabelTrainer(ResumableTrainer, Trainer):
     """Binary cross-entropy of one logit, 1 for good."""
 
 
@@ -67,6 +67,7 @@ def train(run: RewardModelRun) -> None:
     )
     with run_folder(run, "reward_model") as checkpoint:
         common = {"args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
+        common["stall_timeout"] = run.train.stall_timeout
         if on_pairs:
             trainer = PairTrainer(model=model_path(run.model), **common)
         else:

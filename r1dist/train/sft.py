@@ -8,7 +8,7 @@ from ..models import load_tokenizer, model_init_kwargs, model_path
 from ..parse import trl_value
 from ..process import set_up_process
 from ..report.progress import show_progress
-from .checkpoints import WholeCheckpoints
+from .checkpoints import ResumableTrainer
 from .shared import hardware_defaults, run_folder, trl_arguments
 
 COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
@@ -16,8 +16,8 @@ COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
 DEFAULTS = {"packing": True, "completion_only_loss": True}
 
 
-class SFTTrainer(WholeCheckpoints, trl.SFTTrainer):
-    """TRL's, with marked checkpoints."""
+class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
+    """TRL's, which can be stopped anywhere and resumed."""
 
 
 def train(run: SFTRun) -> None:
@@ -32,7 +32,11 @@ def train(run: SFTRun) -> None:
     )
     with run_folder(run, "sft") as checkpoint:
         trainer = SFTTrainer(
-            model=model_path(run.model), args=arguments, train_dataset=dataset, processing_class=tokenizer
+            model=model_path(run.model),
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            stall_timeout=run.train.stall_timeout,
         )
         show_progress(trainer, COLUMNS)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,0 +1,105 @@
+"""Small runs that can be started in a moment and killed: see zygote.py."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from conftest import ROOT, SMALL_GRPO
+
+STEPS = 12
+
+# 32 rollouts of 4 prompts to a generation, which two optimizer steps share; 8 prompts, so 4 steps to an epoch.
+GRPO = {
+    **SMALL_GRPO,
+    "data": {"sources": [{"path": "tiny", "limit": 8}], "template": "chat"},
+    "learning_rate": 1e-3,
+    "max_steps": STEPS,
+    "steps_per_generation": 2,
+    "per_device_train_batch_size": 16,
+    "max_completion_length": 24,
+    "beta": 0.05,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 5,
+    "ref_model_mixup_alpha": 1.0,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+COMMON = {
+    "model": {"path": "tiny"},
+    "seed": 0,
+    "learning_rate": 1e-3,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "gradient_checkpointing": False,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+SFT = {**COMMON, "data": {"sources": [{"path": "tiny_talk", "limit": 64}]}, "packing": False}
+PAIRS = {**COMMON, "learns_from": "pairs", "sources": [{"path": "tiny_pairs", "limit": 16}]}
+LABELS = {**COMMON, "learns_from": "labels", "sources": [{"path": "tiny_judged", "limit": 16}]}
+RUNS = {
+    "grpo": ("grpo.py", GRPO, 1),
+    "grpo, ZeRO-2": ("grpo.py", {**GRPO, "per_device_train_batch_size": 8}, 2),
+    "sft": ("sft.py", SFT, 1),
+    "pairs": ("reward_model.py", PAIRS, 1),
+    "labels": ("reward_model.py", LABELS, 1),
+}
+
+
+class Zygote:
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "tests/zygote.py"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **order) -> dict:
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+class Launch:
+    """One start of a run, in `processes` processes, several under ZeRO-2."""
+
+    def __init__(
+        self, zygote: Zygote, script: str, config: Path, processes: int, *arguments: str, deepspeed: bool = True
+    ):
+        self.zygote = zygote
+        self.log = config.with_suffix(".log")
+        argv = ["--config", str(config), "--resume", "auto", *arguments]
+        self.pids = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank in range(processes):
+            env = {"OMP_NUM_THREADS": str(2 // processes)}
+            if processes > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+                env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                env |= {"ACCELERATE_USE_CPU": "true"}
+            if processes > 1 and deepspeed:
+                env |= {"ACCELERATE_USE_DEEPSPEED": "true"}
+                env |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/zero2.json"}
+            self.pids.append(zygote.ask(run=script, argv=argv, env=env, log=str(self.log))["pid"])
+
+    def send(self, number: int) -> None:
+        for pid in self.pids:
+            os.kill(pid, number)
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # the workers that verify, if it got that far
+        self.wait()
+
+    def wait(self) -> list[int]:
+        return [self.zygote.ask(wait=pid)["code"] for pid in self.pids]
+
+    def ended(self) -> bool:
+        return any((Path("/proc") / str(pid) / "stat").read_text().split()[2] == "Z" for pid in self.pids)
