@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,12 @@ def finished(zygote: Zygote, name: str, config: Path) -> None:
     assert launch.wait() == [0] * processes, launch.log.read_text()[-3000:]
 
 
-def killed(zygote: Zygote, name: str, config: Path, until: int, delay: float) -> bool:
-    """Start the run and kill it `delay` seconds after step `until` was logged; false if it had ended by then."""
+def killed(zygote: Zygote, name: str, config: Path, moment: Callable[[], bool], delay: float = 0) -> bool:
+    """Start the run and kill it `delay` seconds after `moment` is there; false if it had ended by then."""
     script, _, processes = RUNS[name]
     launch = Launch(zygote, script, config, processes)
     began = time.monotonic()
-    while steps_logged(config.parent / "run") < until and not launch.ended():
+    while not moment() and not launch.ended():
         assert time.monotonic() - began < PATIENCE, launch.log.read_text()[-3000:]
         time.sleep(0.002)
     time.sleep(delay)
@@ -106,7 +107,7 @@ def learnt(run: Path) -> list[dict]:
 def test_killed_at_the_end_of_steps(again, zygote):
     name, config, undisturbed, run = again
     for step in range(EVERY - 1 or 1, STEPS + 1, EVERY):
-        killed(zygote, name, config, until=step, delay=0)
+        killed(zygote, name, config, (run / f"checkpoint-{step}").exists)
     finished(zygote, name, config)
     assert_same(run, undisturbed)
 
@@ -118,7 +119,9 @@ def test_killed_within_steps(again, zygote):
     print(f"seed of the moments: {seed}")
     for kill in range(KILLS):
         # Each start is let come some way into the step after its first; one that was at the end begins anew.
-        if not killed(zygote, name, config, until=steps_logged(run) + 1, delay=rng.uniform(0, 1)) and kill < KILLS - 1:
+        wanted = steps_logged(run) + 1
+        was_cut = killed(zygote, name, config, lambda wanted=wanted: steps_logged(run) >= wanted, rng.uniform(0, 1))
+        if not was_cut and kill < KILLS - 1:
             assert_same(run, undisturbed)
             shutil.rmtree(run)
     finished(zygote, name, config)
