@@ -152,6 +152,30 @@ def test_a_run_outlives_its_servers_deaths(run_of):
     assert all(row["policy_version"] == row["step"] for row in rows)
 
 
+def test_a_killed_run_takes_up_the_rollouts_that_its_checkpoint_holds(run_of):
+    """Two optimizer steps to a generation; killed where the checkpoint of the first is there."""
+    settings = {
+        "resume": "auto",
+        "steps_per_generation": 2,
+        "per_device_train_batch_size": 16,
+        "save_strategy": "steps",
+    }
+    settings |= {"save_steps": 1, "save_total_limit": 20, "max_steps": 8}
+    run = run_of(ONE, 1, **settings)
+    run.wait_for((run.folder / "checkpoint-3").exists)
+    run.end()
+    before = {(row["step"], row["prompt_id"], row["sample_index"]): row for row in run.trace() if row["step"] < 3}
+    again = run_of(ONE, 1, **settings)
+    assert again.process.wait(PATIENCE) == 0, again.told()
+    rows = again.trace()
+    made = {(row["step"], row["prompt_id"], row["sample_index"]): row for row in rows}
+    assert len(rows) == len(made) == 4 * 32 and {row["step"] for row in rows} == {0, 2, 4, 6}
+    assert len(before) == 2 * 32 and all(made[key] == row for key, row in before.items())
+    assert len({row["prompt_id"] for row in rows}) == 4 * 4
+    assert [line["step"] for line in again.metrics()] == list(range(1, 9))
+    assert all(line["rollout/logp_diff"] < 0.02 for line in again.metrics() if "rollout/logp_diff" in line)
+
+
 def test_without_any_server_the_run_is_saved_and_says_why(run_of):
     settings = {"timeout": 8, "health_timeout": 4}
     run = run_of(ZERO3, 2, rollout=settings, per_device_train_batch_size=16, max_steps=500)

@@ -167,7 +167,8 @@ def test_no_worker_outlives_a_killed_trainer():
 def test_real_answers_by_one_and_by_four_workers():
     rng = random.Random(0)
     texts = [
-        f"<think>so</think><answer>{rng.choice(['1/2', '0.5', '2', '', 'x^2', '{1,2}'])}</answer>" for _ in range(300)
+        f"<think>so</think><answer>{rng.choice(['1/2', '0.5', '2', '', 'x^2', '{1,2}'])}</answer>"
+        for _ in range(10_000)
     ]
     rows = [{"answer": rng.choice(["0.5", "2", "x^2", "{2,1}", "it depends on what you mean by that"])} for _ in texts]
     found = []

@@ -12,7 +12,7 @@ METRICS = "metrics.jsonl"
 class StepLine(TrainerCallback):
     """Prints `columns` (shown name -> logged key) at each log, with the time left.
 
-    A column whose key is not in the log is left out of the line.
+    A column whose key is not in the log, or has no value there, is left out of the line.
     """
 
     def __init__(self, output_dir: str, columns: dict[str, str]):
@@ -28,7 +28,7 @@ class StepLine(TrainerCallback):
             return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        shown = [f"{name} {logs[key]:.3g}" for name, key in self.columns.items() if key in logs]
+        shown = [f"{name} {logs[key]:.3g}" for name, key in self.columns.items() if logs.get(key) is not None]
         if not shown:
             return
         start, first = self.began
