@@ -33,15 +33,15 @@ def test_workers_killed_at_random_change_no_reward(tmp_path, zygote):
     killed = 0
     while not launch.ended():
         # The trainer's child is the fork server, whose children are the workers.
+        # One that dies while it starts counts as a verifier that is down, which is waited for longer and longer.
         workers = [w for server in psutil.Process(launch.pids[0]).children() for w in server.children()]
+        workers = [worker for worker in workers if time.time() - worker.create_time() > 0.5]
         for worker in random.sample(workers, min(1, len(workers))):
             worker.kill()
             killed += 1
-        # A worker is there again after some tenths of a second. An answer at which three have died counts as their
-        # killer, so they must not all die at once.
-        time.sleep(random.uniform(0.2, 0.8))
+        time.sleep(random.uniform(0, 0.4))
     assert launch.wait() == [0], launch.log.read_text()[-3000:]
-    assert killed > 10 and sum(line.get("verify/died", 0) for line in metrics(tmp_path / "run")) > 0
+    assert killed >= 5 and sum(line.get("verify/died", 0) for line in metrics(tmp_path / "run")) > 0
     assert trace(tmp_path / "run") == trace(tmp_path / "quiet")
 
 
