@@ -45,7 +45,7 @@ def test_what_a_goal_says_holds_both_numbers():
     assert judged["said"] == "high: accuracy 70.0 % [66.0 %, 74.0 %], above low's 50.0 % [45.0 %, 55.0 %]"
     assert judged["note"] == "So."
     judged = judge(Goal(stage="middle", score="requests.safety", above="low"), STAGES)
-    assert judged == {"stage": "middle", "said": "middle: requests safety 0.58, above low's 0.50", "met": True}
+    assert judged == {"stage": "middle", "said": "middle: requests safety 0.58, above low's 0.5", "met": True}
 
 
 @pytest.mark.parametrize(

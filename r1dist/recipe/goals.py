@@ -50,4 +50,4 @@ def _shown(goal: Goal, measured: tuple[float, tuple[float, float]]) -> str:
 
 
 def _number(goal: Goal, value: float) -> str:
-    return percent(value) if goal.score.split(".")[1] in SHARES else f"{value:.2f}"
+    return percent(value) if goal.score.split(".")[1] in SHARES else f"{value:.3g}"

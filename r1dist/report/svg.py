@@ -5,6 +5,7 @@ from html import escape
 
 INK, FAINT, LINE = "var(--ink)", "var(--faint)", "var(--line)"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 520, 200, 44, 24, 24
+NAMES, ROW = 176, 20  # in `dots`: the names' column, and a row's height
 
 
 def curve(values: Sequence[tuple[float, float]], label: str) -> str:
@@ -27,19 +28,28 @@ def curve(values: Sequence[tuple[float, float]], label: str) -> str:
 
 
 def dots(rows: Sequence[tuple[str, float, tuple[float, float] | None]], label: str) -> str:
-    """Shares by name, each with its interval if there is one, on a scale from 0 to 100 %."""
-    step = (WIDTH - LEFT - 8) / len(rows)
+    """Shares by name, one below the other, each with its interval if there is one, on a scale from 0 to 100 %."""
+    high = TOP + ROW * len(rows)
+
+    def across(share: float) -> float:
+        return NAMES + (WIDTH - NAMES - 44) * share
+
     marks = ""
+    for tick in (0, 0.5, 1):
+        x = across(tick)
+        marks += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{high}" stroke="{FAINT}" stroke-width="0.5"/>'
+        marks += _text(x, TOP - 8, f"{100 * tick:.0f} %", "middle")
     for number, (name, share, interval) in enumerate(rows):
-        across = LEFT + step * (number + 0.5)
+        y = TOP + ROW * (number + 0.5)
+        end = share
         if interval is not None:
-            low, high = (_height(bound, 0, 1) for bound in interval)
-            ends = f'x1="{across:.1f}" x2="{across:.1f}" y1="{low:.1f}" y2="{high:.1f}"'
+            end = interval[1]
+            ends = f'x1="{across(interval[0]):.1f}" x2="{across(end):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
             marks += f'<line {ends} stroke="{LINE}" stroke-width="2"/>'
-        marks += f'<circle cx="{across:.1f}" cy="{_height(share, 0, 1):.1f}" r="4.5" fill="{LINE}"/>'
-        marks += _text(across, _height(share, 0, 1) - 9, f"{100 * share:.0f}", "middle")
-        marks += _text(across, HEIGHT - 8 + 13 * (number % 2), name, "middle")
-    return _figure(_axis([0, 0.5, 1], 0, 1, lambda y: f"{100 * y:.0f} %") + marks, label, 14)
+        marks += f'<circle cx="{across(share):.1f}" cy="{y:.1f}" r="4.5" fill="{LINE}"/>'
+        marks += _text(max(across(share) + 9, across(end) + 5), y + 4, f"{100 * share:.0f}", "start")
+        marks += _text(NAMES - 12, y + 4, name, "end")
+    return _figure(marks, label, int(high) + 8)
 
 
 def graph(nodes: Sequence[tuple[str, str]], edges: Sequence[tuple[str, str]]) -> str:
@@ -88,6 +98,6 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _figure(inside: str, label: str, below: int = 0) -> str:
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT + below}" role="img" aria-label="{escape(label)}">{inside}</svg>'
+def _figure(inside: str, label: str, height: int = HEIGHT) -> str:
+    picture = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{inside}</svg>'
     return f"<figure>{picture}<figcaption>{escape(label)}</figcaption></figure>"
