@@ -52,6 +52,7 @@ def write_page(folder: Path, summary: dict, edges: list[tuple[str, str]]) -> Pat
         svg.graph(nodes, [edge for edge in edges if set(edge) <= there]),
         "</div>",
         _goals(summary["goals"]),
+        "<h2>What came of it</h2>",
         _tables(stages),
         _comparisons(stages),
         _curves(folder, stages),
