@@ -96,3 +96,5 @@ def test_a_sandbox_that_goes_away_stops_the_run_and_no_zero_is_trained_on(progra
     code = [row["rewards"]["code"] for row in rows if row["prompt"].startswith("Print")]
     assert None not in code and 1.0 in code
     assert {row["rewards"]["code"] for row in rows if not row["prompt"].startswith("Print")} == {None}
+    unscored = sum(row["rewards"]["code"] is None for row in rows)
+    assert sum(line["rewards/code/unscored"] for line in metrics(run)) == unscored > 0

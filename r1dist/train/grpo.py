@@ -262,6 +262,8 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
             rows = [{**row, "group_tokens": tokens} for row, tokens in zip(inputs, groups, strict=True)]
             rows = self.rewards.graded(self.state.global_step, texts_of(completions), rows)
             rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        for name, unscored in zip(self.reward_func_names, rewards.isnan().sum(0).tolist(), strict=True):
+            self._metrics["train"][f"rewards/{name}/unscored"].append(unscored)
         first = self.accelerator.process_index * len(prompts)
         self.local_rewards = [
             {
