@@ -6,9 +6,9 @@ Started again after whatever ended it, it goes on where it was.
 import sys
 from pathlib import Path
 
-from r1dist.config import PipelineRun
 from r1dist.errors import run_cli
 from r1dist.parse import config_path, parse
+from r1dist.recipe_fields import PipelineRun
 
 LAUNCH = Path(__file__).resolve().parent
 DEFAULT = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"

@@ -8,8 +8,11 @@ from pydantic.dataclasses import dataclass
 from .errors import UserError
 from .languages import SCRIPT
 
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""Of all sections: no field that nobody knows."""
 
-@dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True), kw_only=True)
+
+@dataclass(config=STRICT, kw_only=True)
 class Reward:
     """One reward of the sum. In the YAML a bare number is its weight. docs/rewards.md tells what each pays."""
 

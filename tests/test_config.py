@@ -6,9 +6,10 @@ import sys
 import pytest
 from conftest import ROOT, launch, write_yaml
 
-from r1dist.config import EvaluateRun, GRPORun, PipelineRun, Reward, RewardModelRun, SampleRun, SFTRun
+from r1dist.config import EvaluateRun, GRPORun, Reward, RewardModelRun, SampleRun, SFTRun
 from r1dist.errors import UserError
 from r1dist.parse import as_tree, build, check_groups, parse
+from r1dist.recipe_fields import PipelineRun
 
 MISTAKES = [
     (["--lerning_rate", "1"], "`lerning_rate` is not a field; did you mean `learning_rate`?"),

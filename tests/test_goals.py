@@ -2,8 +2,8 @@
 
 import pytest
 
-from r1dist.config import Goal
 from r1dist.recipe.goals import judge
+from r1dist.recipe_fields import Goal
 
 
 def scores(value, low, high):

@@ -1,6 +1,6 @@
 """Whether the stages did what they are there for: a recipe's goals against what was measured."""
 
-from ..config import Goal
+from ..recipe_fields import Goal
 from ..report.table import percent
 
 INTERVALS = {"accuracy": "ci95"}  # all others: the score's own name and _ci95

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from ..config import EvaluateRun, GRPORun, PipelineRun, RewardModelRun, SampleRun, SFTRun, Stage
+from ..config import EvaluateRun, GRPORun, RewardModelRun, SampleRun, SFTRun
 from ..errors import UserError
 from ..parse import as_tree, parse
+from ..recipe_fields import PipelineRun, Stage
 
 EVALUATION = ".evaluation"
 
