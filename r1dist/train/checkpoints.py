@@ -96,6 +96,13 @@ class ResumableTrainer(Trainer):
             raise self._interrupted()
         return output
 
+    def _run_epoch(self, *args, **kwargs):
+        # transformers asks whether it is done after a step: resumed at its last, a run would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         self.watchdog.beat()
