@@ -1,6 +1,7 @@
 """Files that are whole or absent, and a run's folder, which belongs to one run."""
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -71,6 +72,12 @@ def owned(folder: Path) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:

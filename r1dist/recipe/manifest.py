@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..fields import flat
-from ..files import write_json
+from ..files import sha256, write_json
 from ..tiny import EMBEDDED
 from .graph import Step
 
@@ -47,8 +47,7 @@ class Manifest:
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's model (all files of a folder that holds none)."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     files = {file for pattern in MODEL_FILES for file in path.glob(pattern)}
     files = {file for file in files if file.name not in RECORDS} or {f for f in path.rglob("*") if f.is_file()}
     parts = [f"{file.relative_to(path)}:{digest(file)}" for file in sorted(files)]

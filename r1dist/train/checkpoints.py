@@ -6,7 +6,6 @@ are taken by the first rank, which reads what the others wrote.
 """
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -22,7 +21,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from ..errors import Interrupted
-from ..files import STOP, SUMS, write_json
+from ..files import STOP, SUMS, sha256, write_json
 from .stopping import StopRequest, Watchdog
 
 BESIDE = ".saving"
@@ -215,10 +214,8 @@ def finish(beside: Path, whole: Path, keep: int | None) -> None:
     """Bring `beside` to the disk, with the checksums of all its files, as `whole`; then drop the oldest but `keep`."""
     sums = {}
     for path in sorted(path for path in beside.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        sums[str(path.relative_to(beside))] = {"bytes": path.stat().st_size, "sha256": digest}
+        _sync(path)
+        sums[str(path.relative_to(beside))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(beside / SUMS, sums)
     for path in (beside / SUMS, *(path for path in beside.rglob("*") if path.is_dir()), beside):
         _sync(path)
@@ -243,9 +240,8 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != noted["bytes"]:
             return f"{name} has {path.stat().st_size} of {noted['bytes']} bytes"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != noted["sha256"]:
-                return f"{name} is not what was written"
+        if sha256(path) != noted["sha256"]:
+            return f"{name} is not what was written"
     return None
 
 
