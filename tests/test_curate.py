@@ -86,7 +86,7 @@ def chosen(tmp_path, run: SampleRun, *lines: dict) -> tuple[list[dict], Tally]:
     journal = tmp_path / "journal.jsonl"
     append_lines(journal, list(lines))
     tally = Tally()
-    return list(select(run, run.ways[0], journal, set(), tally)), tally
+    return list(select(run, run.ways[0], [journal], set(), tally)), tally
 
 
 def test_rows_come_by_prompt_without_repeats_and_up_to_the_bounds(tmp_path):
@@ -143,6 +143,7 @@ def test_killed_and_started_again_it_neither_loses_nor_repeats(tmp_path, small):
             assert process.poll() is None
             time.sleep(0.01)
         if kills == 1:
+            os.kill(process.pid, signal.SIGSTOP)  # or it is done before the second one has begun
             second = launch("sample.py", "--config", config)
             assert second.returncode == 2 and f"process {process.pid} is at work there" in second.stderr
         os.kill(process.pid, signal.SIGKILL)
