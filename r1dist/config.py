@@ -7,7 +7,7 @@ the file, applies the command line, and builds one of the `*Run` classes.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from .languages import Language
@@ -145,7 +145,7 @@ class Rollout:
     """Sequences that the in-process engine decodes at once, on each rank."""
     servers: str = "managed"
     """`managed`: the run starts servers, as `serve` says, and they end with it. Otherwise launch/serve.py's
-    endpoints file, or URLs with commas between them."""
+    endpoints files, or URLs, with commas between them."""
     serve: Serve = Field(default_factory=Serve)
     """The managed servers."""
     token_file: str | None = None
@@ -193,6 +193,24 @@ class Verify:
 
 def _weighted(value: Any) -> Any:
     return value if isinstance(value, dict | Reward) else {"weight": value}
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Placement:
+    """Wishes for launch/job.py: which nodes and GPUs train, and which serve. What is unset, it decides."""
+
+    nodes: PositiveInt | None = None
+    """Unset: those of the SLURM job, else this machine."""
+    gpus_per_node: NonNegativeInt | None = None
+    """Unset: as many as this machine has. 0: the CPUs do the work."""
+    gpu_gib: float | None = Field(default=None, gt=0)
+    """Memory of a GPU. Unset: this machine's."""
+    serve: PositiveInt | None = None
+    """Nodes for vLLM servers; on a single node, GPUs."""
+    processes: PositiveInt | None = None
+    """Training processes of each node without GPUs. Unset: one."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """Unset: the first that fits."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -312,6 +330,9 @@ class SampleRun:
     verify: Verify = Field(default_factory=Verify)
     seed: int = 0
     """Seed of the samples."""
+    shard: PositiveInt | None = None
+    """Prompts that one process claims at a time. Set, any number of processes, on machines that share the folder, may
+    work at once, come and go."""
     dry_run: bool = False
     """Print the resolved configuration and the memory it needs, and stop."""
 
@@ -329,6 +350,7 @@ class GRPORun:
     rollout: Rollout = Field(default_factory=Rollout)
     verify: Verify = Field(default_factory=Verify)
     train: TrainRL = Field(default_factory=TrainRL)
+    placement: Placement = Field(default_factory=Placement)
     resume: bool | Literal["auto"] = False
     """Go on from the newest good checkpoint of `output_dir`, which must hold this run. `auto`: if it does."""
     dry_run: bool = False
@@ -344,6 +366,7 @@ class SFTRun:
     model: Model
     data: Data
     train: Train = Field(default_factory=Train)
+    placement: Placement = Field(default_factory=Placement)
     resume: bool | Literal["auto"] = False
     """Go on from the newest good checkpoint of `output_dir`, which must hold this run. `auto`: if it does."""
     dry_run: bool = False
@@ -364,6 +387,7 @@ class RewardModelRun:
     holdout: list[Source] = Field(default_factory=list)
     """Rows that it is not trained on; how often it is right on them is measured at the end."""
     train: Train = Field(default_factory=Train)
+    placement: Placement = Field(default_factory=Placement)
     resume: bool | Literal["auto"] = False
     """Go on from the newest good checkpoint of `output_dir`, which must hold this run. `auto`: if it does."""
     dry_run: bool = False
@@ -438,6 +462,8 @@ class ServeRun(Serve):
     model: Model
     endpoints: str
     """The file to write: addresses, token and state of the servers. Only its owner can read it."""
+    token_file: str | None = None
+    """File with the token that the servers ask for. Unset: one is made."""
     transport: Literal["auto", "shm", "ipc", "nccl"] = "auto"
     """How they will be given weights. `auto`: `nccl` with a GPU, `shm` without."""
     dry_run: bool = False

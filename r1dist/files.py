@@ -50,10 +50,10 @@ def write_json(path: Path, content: dict, mode: int = 0o644) -> None:
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path, wait: bool = False) -> Iterator[None]:
     """`folder` is made, and belongs to this process until the end of the context, or its death.
 
-    Raises `UserError` if a living process has it.
+    If a living process has it, waits for it, or raises `UserError`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def owned(folder: Path) -> Iterator[None]:
         raise UserError(f"output_dir {folder} cannot be written to: {error.strerror}. Choose another.") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
             raise UserError(

@@ -1,12 +1,15 @@
 """Draws the samples of one way, verifies each, and keeps all of them in a journal.
 
-The journal has one line for a prompt, with all of its samples, written when the last of them is there. Killed
+A journal has one line for a prompt, with all of its samples, written when the last of them is there. Killed
 at any moment and started again, the drawing goes on with the prompts that are missing.
 """
 
 import logging
+import os
+import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from datasets import Dataset
@@ -16,29 +19,33 @@ from transformers import PreTrainedTokenizerBase
 from ..config import SampleRun, Way
 from ..data.prompts import prompt_dataset
 from ..data.templates import prompt_ids
-from ..files import append_lines, mend_lines, read_lines
+from ..files import append_lines
 from ..models import load_model_config, load_tokenizer
 from ..rewards.pool import Pool
 from ..rollout.fixed import fixed_engine
 from ..rollout.protocol import Engine, Request, Rollout, Sampling, sample_seed
+from .shards import claim, shards
 
 logger = logging.getLogger(__name__)
 
 
-def draw(run: SampleRun, number: int, journal: Path, pool: Pool) -> None:
-    """Complete the journal of `run.ways[number]`; `pool` verifies."""
+def draw(run: SampleRun, number: int, folder: Path, pool: Pool) -> list[Path]:
+    """Complete the journals of `run.ways[number]` in `folder`, and return them; `pool` verifies."""
     way = run.ways[number]
     tokenizer = load_tokenizer(way.model)
     prompts = way_prompts(way, tokenizer)
-    mend_lines(journal)
-    done = {line["prompt_id"] for line in read_lines(journal)} if journal.exists() else set()
-    if len(done) == len(prompts):
-        return
-    samples, missing = way.sampling.samples, len(prompts) - len(done)
-    logger.info("%s: %d prompts, %d samples each; %d prompts to go", way.name, len(prompts), samples, missing)
+    parts = shards(folder, way.name, len(prompts), run.shard)
     longest = max(prompts["prompt_length"]) + _room(way, tokenizer)
-    with fixed_engine(run.rollout, way.model, tokenizer, longest, journal.parent) as engine:
-        fill(run, number, prompts, engine, tokenizer, journal, done, pool)
+    with ExitStack() as stack:
+        engine = None
+        for shard, done in claim(parts):
+            if engine is None:  # where nothing is missing, no model is loaded
+                logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder
+                engine = stack.enter_context(fixed_engine(run.rollout, way.model, tokenizer, longest, logs))
+            asked = prompts.select(range(shard.begin, shard.end))
+            logger.info("%s: %d of %d prompts to go", shard.journal.stem, len(asked) - len(done), len(asked))
+            fill(run, number, asked, engine, tokenizer, shard.journal, done, pool)
+    return [shard.journal for shard in parts]
 
 
 def way_prompts(way: Way, tokenizer: PreTrainedTokenizerBase) -> Dataset:

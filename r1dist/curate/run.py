@@ -1,9 +1,11 @@
 """`launch/sample.py`: draw what is missing, then choose among all that was drawn."""
 
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 ROWS, REPORT, SAMPLES = "rows.jsonl", "report.json", "samples"
 # What may change from one start to the next: it decides about samples that are there already, or how they come.
 FREE = {"filters", "rows", "mix", "rollout", "verify", "dry_run", "output_dir", "refine", "per_prompt", "share"}
+INDIFFERENT = {"rollout", "verify", "dry_run", "output_dir"}  # to which rows are chosen
 
 
 def sample(run: SampleRun) -> dict:
@@ -34,29 +37,60 @@ def sample(run: SampleRun) -> dict:
     set_up_process()
     _check(run)
     folder = Path(run.output_dir)
+    with _ours(run, folder), Pool(VERIFIERS, run.verify) as pool:
+        with _turn(run, folder):
+            _begin(run, folder)
+        journals = {}
+        for number, way in enumerate(run.ways):
+            try:
+                journals[way.name] = draw(run, number, folder / SAMPLES, pool)
+            except (RolloutsLost, VerifiersBroken) as error:
+                raise RunStopped(f"{error}\nThe samples so far are kept; the same command goes on.") from error
+        with _turn(run, folder):
+            return _chosen_by_another(run, folder) or _choose(run, folder, journals)
+
+
+def _ours(run: SampleRun, folder: Path) -> AbstractContextManager:
+    """The folder is this process's alone, unless shards are shared out."""
+    return owned(folder) if run.shard is None else nullcontext()
+
+
+def _turn(run: SampleRun, folder: Path) -> AbstractContextManager:
+    """What only one of several processes does at a time."""
+    return nullcontext() if run.shard is None else owned(folder, wait=True)
+
+
+def _begin(run: SampleRun, folder: Path) -> None:
     if (folder / MARK).exists():
         _check_same(folder / MARK, run)
     else:
         check_folder(folder, resume=False)
-    with owned(folder), Pool(VERIFIERS, run.verify) as pool:
-        sign(folder, "sample", as_tree(run))
-        (folder / SAMPLES).mkdir(exist_ok=True)
-        for number, way in enumerate(run.ways):
-            try:
-                draw(run, number, _journal(folder, way.name), pool)
-            except (RolloutsLost, VerifiersBroken) as error:
-                raise RunStopped(f"{error}\nThe samples so far are kept; the same command goes on.") from error
-        return _choose(run, folder)
+    sign(folder, "sample", as_tree(run))
+    (folder / SAMPLES).mkdir(exist_ok=True)
 
 
-def _choose(run: SampleRun, folder: Path) -> dict:
+def _chosen_by_another(run: SampleRun, folder: Path) -> dict | None:
+    """The report of a process that took part and was faster."""
+    if run.shard is None or not (folder / ROWS).exists():
+        return None
+    report = json.loads((folder / REPORT).read_text())
+    return report if report["settings"] == _settings(run) else None
+
+
+def _settings(run: SampleRun) -> str:
+    """A digest of what decides which rows are chosen."""
+    tree = {field: value for field, value in as_tree(run).items() if field not in INDIFFERENT}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> dict:
     tallies = {way.name: Tally() for way in run.ways}
     further: dict[str, int] = {}
 
     def rows() -> Iterator[dict]:
         seen: set[str] = set()
         for way in run.ways:
-            yield from select(run, way, _journal(folder, way.name), seen, tallies[way.name])
+            yield from select(run, way, journals[way.name], seen, tallies[way.name])
         if not any(tally.kept for tally in tallies.values()):
             raise UserError(f"filters: no sample is left. {filters_said(tallies)}.")
         for row in mixed(run):
@@ -72,15 +106,12 @@ def _choose(run: SampleRun, folder: Path) -> dict:
         "rows": sum(tally.kept for tally in tallies.values()) + sum(further.values()),
         "ways": {name: asdict(tally) for name, tally in tallies.items()},
         "mixed": further,
+        "settings": _settings(run),
     }
     write_json(folder / REPORT, report)
     os.replace(beside, folder / ROWS)
     logger.info("%d rows in %s; %s", report["rows"], folder / ROWS, filters_said(tallies))
     return report
-
-
-def _journal(folder: Path, way: str) -> Path:
-    return folder / SAMPLES / f"{way}.jsonl"
 
 
 def _check(run: SampleRun) -> None:

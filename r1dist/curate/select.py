@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from ..config import SampleRun, Way
@@ -22,13 +23,13 @@ class Tally:
     """Reason -> samples."""
 
 
-def select(run: SampleRun, way: Way, journal: Path, seen: set[str], tally: Tally) -> Iterator[dict]:
+def select(run: SampleRun, way: Way, journals: list[Path], seen: set[str], tally: Tally) -> Iterator[dict]:
     """The rows that `way` gives, in the order of its prompts; counts into `tally`.
 
     `seen` holds the completions of the rows so far, of all ways, with white space and case taken out.
     """
     quota = None if run.rows is None else round(run.rows * way.share)
-    for line in _by_prompt(journal):
+    for line in chain.from_iterable(map(_by_prompt, journals)):
         taken = 0
         tally.prompts += 1
         for index, raw in enumerate(line["samples"]):
