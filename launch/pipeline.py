@@ -1,8 +1,9 @@
 """A whole recipe as one command: `python launch/pipeline.py --config FILE [--until STAGE] [--dry_run]`.
 
-Started again after whatever ended it, it goes on where it was.
+Started again after whatever ended it, it goes on where it was. `--slurm job` or `--slurm chain` submits it.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,12 +20,29 @@ def main(argv: list[str]) -> None:
     from r1dist.recipe.graph import Graph
     from r1dist.recipe.runner import Runner
 
-    runner = Runner(Graph(run, config_path(argv, DEFAULT).parent, LAUNCH))
+    graph = Graph(run, config_path(argv, DEFAULT).parent, LAUNCH)
+    if run.slurm is not None:
+        return to_slurm(graph, argv)
+    runner = Runner(graph)
     if run.dry_run:
         print(runner.plan())
         return
     runner.go()
     print(f"\nWritten to {runner.folder / 'summary.json'}; open {runner.folder / 'report.html'} in a browser.")
+
+
+def to_slurm(graph, argv: list[str]) -> None:
+    """Submit the recipe, or with `--dry_run` print how."""
+    from r1dist.recipe.submit import submissions, submit
+
+    rest = [*argv, "--slurm", "null", "--dry_run", "false"]  # the job must not submit itself again
+    script = LAUNCH / "slurm" / "pipeline.slurm"
+    if graph.run.dry_run:
+        for _, command in submissions(graph, rest, script):
+            print(shlex.join(command))
+        return
+    for name, job in submit(graph, rest, script).items():
+        print(f"{name}: job {job}")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ def main(argv: list[str]) -> None:
     path = Path(run.endpoints)
     if path.exists():
         raise UserError(f"--endpoints: {path} is there already; its servers may be running. Stop them, or remove it.")
+    from r1dist.rollout.servers.endpoints import token_of
     from r1dist.rollout.servers.supervisor import Supervisor
 
     set_up_logging(logging.INFO)
-    asyncio.run(Supervisor(run, model, transport, path).run())
+    token = None if run.token_file is None else token_of(run.token_file, "--token_file")
+    asyncio.run(Supervisor(run, model, transport, path, token=token).run())
 
 
 if __name__ == "__main__":

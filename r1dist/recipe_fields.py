@@ -30,6 +30,8 @@ class Stage:
     """Another YAML for this stage's evaluation than the pipeline's."""
     evaluate_inputs: dict[str, str] = Field(default_factory=dict)
     """A field of the evaluation's YAML -> the stage whose model goes there."""
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    """Options of `sbatch` for this stage's job, beside the pipeline's."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -61,14 +63,21 @@ class PipelineRun:
     stages: list[Stage] = Field(min_length=1)
     evaluate: str
     """The YAML for `launch/evaluate.py`, run after each stage that leaves a model."""
-    accelerate: str
-    """The Accelerate configuration that the training stages are launched with."""
+    accelerate: str | None = None
+    """The Accelerate configuration that the training stages are launched with; `launcher: job` chooses its own."""
     goals: list[Goal] = Field(default_factory=list)
     """What the stages are measured against, in the terminal, `summary.json` and the page."""
     seed: int = 0
     """Seed of every stage that trains or samples."""
     engine: Literal["transformers", "vllm"] | None = None
     """Who generates in the RL and sampling stages, whatever their YAMLs say."""
+    launcher: Literal["accelerate", "job"] = "accelerate"
+    """Who starts the stages: `accelerate`, with the configuration above, on this machine; `job`: launch/job.py, over
+    the nodes and GPUs that are there."""
+    slurm: Literal["job", "chain"] | None = None
+    """Submit to SLURM instead: all of it as one job, or a job for each stage, one after another."""
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    """Options of `sbatch` by their long names (`nodes: 2`). What `SBATCH_*` variables say goes for them, too."""
     only: Annotated[list[str] | None, BeforeValidator(_split)] = None
     """Run these stages alone (`--only a,b`); what they need must be there."""
     from_: str | None = Field(default=None, alias="from")

@@ -15,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
+# They need root and daemons of their own: `make test-slurm`.
+CLUSTER = ["test_slurm.py", "test_two_machines.py"]
+collect_ignore = [] if "CLUSTER_TESTS" in os.environ else CLUSTER
+
 # A GRPO run of seconds: 32 rollouts of at most 48 tokens a step, from the shipped base model.
 SMALL_GRPO = {
     "model": {"path": "tiny"},
@@ -100,3 +104,26 @@ def zygote():
     yield zygote
     zygote.process.stdin.close()
     zygote.process.wait()
+
+
+@pytest.fixture
+def namespaces():
+    """Two machines, as far as the network goes."""
+    from machines import Namespaces
+
+    namespaces = Namespaces()
+    yield namespaces
+    namespaces.remove()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A SLURM of two nodes."""
+    from machines import Slurm
+
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

@@ -110,6 +110,8 @@ class Graph:
         return [step for step in self.steps.values() if step.stage.name in names]
 
     def _check(self) -> None:
+        if self.run.launcher == "accelerate" and self.run.accelerate is None:
+            raise UserError("`accelerate` is missing: the configuration to launch with; or set `launcher: job`.")
         if len(self.stages) < len(self.run.stages):
             raise UserError("stages: two of them have the same name; each needs its own.")
         for stage in self.stages.values():
@@ -167,18 +169,20 @@ class Graph:
         arguments += ["--output_dir", str(self.folder / stage.name), "--seed", str(self.run.seed)]
         if kind.rolls_out and self.run.engine is not None:
             arguments += ["--rollout.engine", self.run.engine]
+        by_job = self.run.launcher == "job"
         launcher = ["-m", "accelerate.commands.launch", "--config_file", self.run.accelerate] if kind.trains else []
+        words = [str(self.launch / "job.py"), stage.kind] if by_job else [*launcher, str(self.launch / kind.script)]
         return Step(
             name=stage.name,
             stage=stage,
             uses=tuple(stage.inputs.values()),
             needs=self._trained(stage.inputs.values()),
-            command=[sys.executable, *launcher, str(self.launch / kind.script), *arguments],
+            command=[sys.executable, *words, *arguments],
             config=as_tree(parse(kind.run_class, arguments)),
             output=Path(self.output(stage.name)),
             folder=self.folder / stage.name,
             trains=kind.trains,
-            accelerate=self.run.accelerate if kind.trains else None,
+            accelerate=self.run.accelerate if kind.trains and not by_job else None,
         )
 
     def _evaluation_step(self, stage: Stage) -> Step:

@@ -79,4 +79,5 @@ def _is_path(field: str, value: Any) -> bool:
 
 
 def _settings(step: Step) -> dict[str, Any]:
-    return {field: value for field, value in flat(step.config).items() if field not in INDIFFERENT}
+    fields = flat(step.config).items()
+    return {field: value for field, value in fields if field not in INDIFFERENT and not field.startswith("placement.")}

@@ -4,15 +4,11 @@ Every step is a command that a person could type; it is printed before it is sta
 not done again while nothing it depends on has changed; one that was cut off goes on from its own checkpoint.
 """
 
-import ctypes
 import json
 import os
 import shlex
-import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,14 +16,13 @@ from typing import Literal
 
 from ..errors import Interrupted, StageFailed, UserError
 from ..fields import differences
-from ..files import ENDED, STOP, SUMS, owned, versions, write_json
+from ..files import SUMS, owned, versions, write_json
 from ..report.page import write_page
 from ..report.table import goals_list, stage_table
+from .children import code_noted, end_with_parent, handing_on, last_words
 from .goals import judge
 from .graph import EVALUATION, Graph, Step
 from .manifest import Manifest, digest, inputs_of, settings_of
-
-LAST_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ class Runner:
             "seconds": round(time.monotonic() - began, 1),
         }
         if code:
-            code = _code_noted(step, code)
+            code = code_noted(step.folder, code)
             self.manifest.write(step.name, record | {"state": "failed", "exit_code": code})
             raise StageFailed(self._failure(step, code), code)
         self.manifest.write(step.name, record | {"state": "finished", "output": digest(step.output)})
@@ -158,9 +153,9 @@ class Runner:
                 stderr=file if step.trains else None,
                 text=True,
                 env={"TOKENIZERS_PARALLELISM": "false", **os.environ},
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
-            with _handing_on(step, process) as asked:
+            with handing_on(step.name, process, step.folder if step.trains else None) as asked:
                 for line in process.stdout:
                     file.write(line)
                     if line.startswith("step "):
@@ -169,11 +164,9 @@ class Runner:
 
     def _failure(self, step: Step, code: int) -> str:
         log = self._log(step)
-        lines = log.read_text(errors="replace").splitlines()
-        said = [line for line in lines[-200:] if line.startswith(("error: ", "stopped: "))] or lines[-LAST_LINES:]
         return (
             f"`{step.name}` failed with exit code {code}; {log} has everything that it printed:\n"
-            + "\n".join(f"  {line}" for line in said[:LAST_LINES])
+            + "\n".join(f"  {line}" for line in last_words(log))
             + "\nWhat is done is kept: the same command goes on from here."
         )
 
@@ -217,50 +210,12 @@ class Runner:
         return summary
 
 
-@contextmanager
-def _handing_on(step: Step, process: subprocess.Popen) -> Iterator[list[int]]:
-    """Ask the step to stop when this runner is asked to; yields the signals that came. A second one ends it at once.
-
-    A training is asked by a file: launchers stand between, and they do not hand on every signal.
-    """
-    came: list[int] = []
-
-    def hear(number: int, frame) -> None:
-        came.append(number)
-        if len(came) > 1:
-            os._exit(128 + number)  # the kernel ends the step with us
-        print(f"{signal.Signals(number).name}: waiting for `{step.name}` to save and stop.", flush=True)
-        if step.trains:
-            step.folder.mkdir(exist_ok=True)
-            (step.folder / STOP).touch()
-        else:
-            process.terminate()
-
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _code_noted(step: Step, code: int) -> int:
-    """The exit code that a training left in its folder: its launcher's own is 1 whatever happened."""
-    noted = step.folder / ENDED if step.folder is not None else None
-    return json.loads(noted.read_text())["code"] if noted is not None and noted.exists() else code
-
-
 def _checkpoints(folder: Path) -> bool:
     return any(folder.glob(f"checkpoint-*/{SUMS}"))
 
 
 def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the runner dies, however it dies (Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def _now() -> str:

@@ -145,7 +145,7 @@ def peak(parts: dict[str, int]) -> int:
 
 def generating_memory(model: Model, rows: int, max_tokens: int) -> dict[str, int]:
     """Bytes by part of a model that only generates in this process, `rows` sequences at once."""
-    config = _shape(model)
+    config = model_shape(model)
     width = BYTES[model.dtype]
     return {
         "weights": parameter_count(config) * width,
@@ -166,15 +166,15 @@ def print_plan(run: GRPORun | SFTRun | RewardModelRun | EvaluateRun | SampleRun)
         _print_memory(run.model, generating_memory(run.model, run.batch_size, run.sampling.max_tokens), 1)
     else:
         sharding = Sharding.from_environment()
-        _print_memory(run.model, training_memory(run, _shape(run.model), sharding), sharding.processes)
+        _print_memory(run.model, training_memory(run, model_shape(run.model), sharding), sharding.processes)
 
 
-def _shape(model: Model) -> PretrainedConfig:
+def model_shape(model: Model) -> PretrainedConfig:
     return KNOWN_SHAPES.get(model.path) or load_model_config(model)
 
 
 def _print_memory(model: Model, parts: dict[str, int], processes: int) -> None:
-    count = parameter_count(_shape(model))
+    count = parameter_count(model_shape(model))
     print(f"Memory on each of {processes} device(s), estimated; {model.path}, {count:,} parameters:")
     for name, size in [*parts.items(), ("peak", peak(parts))]:
         print(f"  {name:<40}{size / 2**30:8.3f} GiB")

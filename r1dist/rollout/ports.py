@@ -1,4 +1,4 @@
-"""Free ports."""
+"""Free ports, and addresses that others can reach."""
 
 import socket
 
@@ -8,3 +8,10 @@ def free_port(host: str = "") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+def address_towards(host: str, port: int = 9) -> str:
+    """This machine's address as `host` sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return probe.getsockname()[0]

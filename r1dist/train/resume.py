@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "max_steps",
     "num_train_epochs",
     "output_dir",
+    "placement",
     "report_to",
     "resume",
     "rollout",

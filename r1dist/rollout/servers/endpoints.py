@@ -52,34 +52,64 @@ def read(path: Path) -> Endpoints:
         raise UserError(f"rollout.servers: {path} is not an endpoints file of launch/serve.py ({error}).") from error
 
 
+def token_of(path: str, field: str) -> str:
+    """The token in the file that `field` names; raises `UserError` if there is none."""
+    try:
+        return Path(path).read_text().strip()
+    except FileNotFoundError as error:
+        raise UserError(f"{field}: there is no file {path}.") from error
+
+
 class Roster:
     """The servers of a run, as `rollout.servers` names them; a file is read again whenever it changes."""
 
     def __init__(self, rollout: Rollout, managed: Path | None):
-        named = managed or Path(rollout.servers)
-        self._path = None if rollout.servers.startswith(("http://", "https://")) else named
-        self._seen: int | None = None
-        self._endpoints = None if self._path else _of_urls(rollout)
+        by_url = rollout.servers.startswith(("http://", "https://"))
+        self._given = _of_urls(rollout) if by_url else None
+        self._files = [_File(managed or Path(name.strip())) for name in rollout.servers.split(",")]
 
     def read(self) -> Endpoints:
-        """Raises `UserError` as long as there has never been a file to read."""
-        if self._path is not None:
-            stamp = self._path.stat().st_mtime_ns if self._path.exists() else None
-            if stamp is None and self._endpoints is not None:
-                for server in self._endpoints.servers:
-                    server.state, server.error = "starting", f"{self._path} is gone"
-            elif self._endpoints is None or stamp != self._seen:
-                self._seen, self._endpoints = stamp, read(self._path)
+        """Raises `UserError` as long as there has never been a file to read, and for files that do not agree."""
+        if self._given is not None:
+            return self._given
+        groups = [file.read() for file in self._files]
+        if len(groups) == 1:
+            return groups[0]
+        first = groups[0]
+        if any((group.transport, group.token) != (first.transport, first.token) for group in groups):
+            raise UserError(
+                "rollout.servers: these endpoints files differ in transport or token. Start all of their servers with "
+                "the same `launch/serve.py --transport` and `--token_file`."
+            )
+        servers = [
+            dataclasses.replace(server, name=f"{file.path.stem}/{server.name}")
+            for file, group in zip(self._files, groups, strict=True)
+            for server in group.servers
+        ]
+        return Endpoints(servers, first.transport, first.token)
+
+
+class _File:
+    """An endpoints file, as it was when it last changed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._seen: int | None = None
+        self._endpoints: Endpoints | None = None
+
+    def read(self) -> Endpoints:
+        stamp = self.path.stat().st_mtime_ns if self.path.exists() else None
+        if stamp is None and self._endpoints is not None:
+            for server in self._endpoints.servers:
+                server.state, server.error = "starting", f"{self.path} is gone"
+        elif self._endpoints is None or stamp != self._seen:
+            self._seen, self._endpoints = stamp, read(self.path)
         return self._endpoints
 
 
 def _of_urls(rollout: Rollout) -> Endpoints:
     urls = [url.strip().rstrip("/") for url in rollout.servers.split(",")]
-    token = None
-    if rollout.token_file is not None:
-        if not Path(rollout.token_file).is_file():
-            raise UserError(f"rollout.token_file: there is no file {rollout.token_file}.")
-        token = Path(rollout.token_file).read_text().strip()
+    token = None if rollout.token_file is None else token_of(rollout.token_file, "rollout.token_file")
     if rollout.transport == "auto":
         raise UserError(
             "rollout.transport: `auto` cannot know how servers given by URL were started.\n"

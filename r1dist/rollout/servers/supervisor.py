@@ -79,11 +79,13 @@ class Supervisor:
         path: The endpoints file; the servers' logs lie beside it.
         owner: Process whose end is the servers' end, too; None if a person starts them.
         scratch: Where the owner writes weights. What it left there is removed at the end: killed, it cannot.
+        token: What the servers ask for; None to make one.
     """
 
     def __init__(
-        self, serve: Serve, model: str, transport: str, path: Path, owner: int | None = None, scratch: str = ""
-    ):
+        self, serve: Serve, model: str, transport: str, path: Path, owner: int | None = None, scratch: str = "",
+        token: str | None = None,
+    ):  # fmt: skip
         self.serve = serve
         self.model = model
         self.path = path
@@ -91,7 +93,7 @@ class Supervisor:
         self.scratch = scratch
         path.parent.mkdir(parents=True, exist_ok=True)
         self.replicas = [Replica(number, path.parent) for number in range(serve.replicas)]
-        self.endpoints = Endpoints([r.record for r in self.replicas], transport, secrets.token_urlsafe(32))
+        self.endpoints = Endpoints([r.record for r in self.replicas], transport, token or secrets.token_urlsafe(32))
 
     async def run(self) -> None:
         """Until SIGTERM, SIGINT or the owner's end. Raises `RunStopped` if none of the servers can be started."""

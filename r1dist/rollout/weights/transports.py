@@ -6,13 +6,12 @@ that server does not hold what was published last.
 
 import asyncio
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from ..ports import free_port
+from ..ports import address_towards, free_port
 from ..servers.client import Client, ServerError
 from .files import write_folder
 from .scratch import own_folder, sweep
@@ -148,15 +147,7 @@ class GPUTransport:
 
         control = None if client is None else SyncClient(client)
         workers = self.share(None if control is None else control.world_size())
-        address = self.share(None if client is None else _address_towards(client.url))
+        address = self.share(None if client is None else address_towards(urlsplit(client.url).hostname))
         port = self.share(None if client is None else free_port())
         info = init_info(self.backend, self.rank, address, port, 1 + workers)
         return WeightTransferTrainerFactory.trainer_init(info, client=control, source=VLLMSource(self.source))
-
-
-def _address_towards(url: str) -> str:
-    """This machine's address as the server at `url` sees it."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port))  # sends nothing
-        return probe.getsockname()[0]

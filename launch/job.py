@@ -1,0 +1,42 @@
+"""A run over all nodes and GPUs that are there: `python launch/job.py grpo --config FILE [--dry_run]`.
+
+The first word is `grpo`, `sft`, `reward_model`, `sample` or `pipeline`; the others are that launcher's. In a SLURM
+job (launch/slurm/) it uses the job's nodes, and is put back into the queue when its time runs out.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from r1dist.errors import EXIT_INTERRUPTED, RunStopped, UserError, run_cli
+
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "pipeline.yaml"
+KINDS = ("grpo", "sft", "reward_model", "sample", "pipeline")
+
+
+def main(argv: list[str]) -> None:
+    kind, arguments = (argv[0], argv[1:]) if argv else ("", [])
+    if kind not in KINDS:
+        raise UserError(f"`{kind}` is not something to run; the first word is one of {', '.join(KINDS)}.")
+    from r1dist.recipe.cluster import Cluster
+    from r1dist.recipe.conduct import Conductor, PipelineJob
+
+    pipeline = kind == "pipeline"
+    work = PipelineJob(arguments, RECIPE) if pipeline else Conductor(kind, arguments, Cluster.here())
+    if work.run.dry_run:
+        print(work.plan())
+        return
+    try:
+        work.go()
+    except RunStopped as stopped:
+        # SLURM's warning that the time is nearly over; somebody who cancels does not want it back.
+        if stopped.code == EXIT_INTERRUPTED and signal.SIGUSR1 in work.asked and "SLURM_JOB_ID" in os.environ:
+            print(f"requeued: {stopped}", flush=True)
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

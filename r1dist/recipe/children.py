@@ -1,0 +1,71 @@
+"""Commands that this project starts for others: asked to stop, ended with their parent, their end explained."""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..files import ENDED, STOP
+from ..train.stopping import SAME
+
+LAST_LINES = 8
+
+
+@contextmanager
+def handing_on(name: str, process: subprocess.Popen, folder: Path | None) -> Iterator[list[int]]:
+    """Ask `process` to stop when we are asked to; yields the signals that came.
+
+    A second one, not the first one's echo, ends us at once.
+
+    A training is asked by a file in its `folder`: launchers stand between, and they do not hand on every signal.
+    Without a folder it is sent SIGTERM.
+    """
+    came: list[int] = []
+    when = 0.0
+
+    def hear(number: int, frame) -> None:
+        nonlocal when
+        if came and time.monotonic() - when < SAME:
+            return
+        came.append(number)
+        when = time.monotonic()
+        if len(came) > 1:
+            os._exit(128 + number)  # the kernel ends the child with us
+        print(f"{signal.Signals(number).name}: waiting for `{name}` to save and stop.", flush=True)
+        if folder is None:
+            process.terminate()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STOP).touch()
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, however it dies (Linux). For `preexec_fn`."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def code_noted(folder: Path | None, code: int) -> int:
+    """The exit code that a training left in its folder: its launcher's own is 1 whatever happened."""
+    noted = None if folder is None else folder / ENDED
+    return json.loads(noted.read_text())["code"] if noted is not None and noted.exists() else code
+
+
+def last_words(log: Path) -> list[str]:
+    """What the command that wrote `log` said of its end; else its last lines."""
+    # torchrun puts `[default0]:` before what its processes print
+    lines = [re.sub(r"^\[\w+\]:\s?", "", line) for line in log.read_text(errors="replace").splitlines()]
+    said = [line for line in lines[-200:] if line.startswith(("error: ", "stopped: "))]
+    return (said or lines)[-LAST_LINES:]
