@@ -17,6 +17,7 @@ KINDS = ("grpo", "sft", "reward_model", "sample", "pipeline")
 
 
 def main(argv: list[str]) -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # SLURM's warning must not kill us before or after the work
     kind, arguments = (argv[0], argv[1:]) if argv else ("", [])
     if kind not in KINDS:
         raise UserError(f"`{kind}` is not something to run; the first word is one of {', '.join(KINDS)}.")

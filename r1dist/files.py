@@ -15,6 +15,7 @@ MARK, LOCK = "run.json", ".lock"
 SUMS = "checksums.json"  # the last file of a checkpoint: with it, it is whole
 ENDED = "ended.json"  # why a run stopped before its end
 STOP = "stop"  # put there, it asks the run to save and stop, as a signal does
+LOGS, SERVERS = "logs", "servers"  # folders that may be there before the run begins
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")
 
 
@@ -23,7 +24,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     if resume:
         if not (folder / MARK).exists():
             raise UserError(f"output_dir {folder} holds no run to resume. Leave out --resume to start one.")
-    elif folder.is_dir() and any(path.name not in (LOCK, STOP) for path in folder.iterdir()):
+    elif folder.is_dir() and any(path.name not in (LOCK, STOP, LOGS, SERVERS) for path in folder.iterdir()):
         raise UserError(
             f"output_dir {folder} already holds a run or other files.\n"
             "Pass --resume to go on with it, or choose another --output_dir."

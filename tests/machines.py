@@ -14,6 +14,7 @@ from pathlib import Path
 from conftest import ROOT
 
 NODES = {"n1": "127.0.0.11", "n2": "127.0.0.12"}
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -106,10 +107,18 @@ class Slurm:
         words = self.ask("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def until(self, job: str, holds, seconds: float, what: str) -> None:
+        """Waits until something holds, which it will not after the job's end."""
+
+        def either() -> bool:
+            assert self.job(job)["JobState"] not in OVER or holds(), f"job {job} ended before {what}"
+            return holds()
+
+        until(either, seconds, what)
+
     def ended(self, job: str, seconds: float) -> str:
         """Waits for the job's end; gives its state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        until(lambda: self.job(job)["JobState"] in over, seconds, f"the end of job {job}")
+        until(lambda: self.job(job)["JobState"] in OVER, seconds, f"the end of job {job}")
         return self.job(job)["JobState"]
 
     def _daemon(self, *words: str) -> None:

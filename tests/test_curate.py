@@ -14,6 +14,7 @@ from conftest import ROOT, launch, write_yaml
 from r1dist.config import Data, Filters, Model, Refine, SampleRun, Source, Way
 from r1dist.curate.judge import Sample, fault, refine, scores
 from r1dist.curate.select import Tally, mixed, select
+from r1dist.curate.shards import claim, shards
 from r1dist.files import append_lines
 from r1dist.rewards.repetition import repetition_share
 
@@ -182,3 +183,34 @@ def test_a_way_that_cannot_be_gone_is_refused(tmp_path, small, change, message):
     small["ways"][0].update(change)
     done = launch("sample.py", "--config", write_yaml(tmp_path / "sample.yaml", small))
     assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_shards_are_claimed_once_and_those_of_the_dead_go_on(tmp_path):
+    mine, others = (shards(tmp_path, "way", prompts=5, size=2) for _ in range(2))
+    assert [(shard.begin, shard.end, shard.journal.name) for shard in mine] == [
+        (0, 2, "way.00000.jsonl"),
+        (2, 4, "way.00001.jsonl"),
+        (4, 5, "way.00002.jsonl"),
+    ]
+
+    def finish(shard, done):
+        append_lines(shard.journal, [line(i) for i in range(shard.begin, shard.end) if i not in done])
+
+    claimed = claim(mine)
+    with others[0].held() as theirs:
+        assert theirs
+        append_lines(others[0].journal, [line(0)])
+        order = []
+        for _ in range(2):
+            shard, done = next(claimed)
+            with others[1].held() as twice:
+                assert twice == (shard.begin != 2)  # what is claimed here cannot be claimed there
+            order.append(shard.begin)
+            finish(shard, done)
+    for shard, done in claimed:  # let go in the middle of its work
+        assert done == {0}
+        order.append(shard.begin)
+        finish(shard, done)
+    assert order == [2, 4, 0]
+    assert [len(shard.journal.read_text().splitlines()) for shard in mine] == [2, 2, 1]
+    assert list(claim(others)) == []

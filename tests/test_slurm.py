@@ -48,7 +48,7 @@ def test_servers_on_one_node_training_on_the_other_and_a_server_killed(slurm, tm
     tree = {**SMALL_GRPO, "output_dir": str(run), "rollout": {"engine": "vllm", "serve": serve}, "max_steps": 8}
     log = tmp_path / "job.log"
     job = submit(slurm, "grpo", log, "--config", write_yaml(tmp_path / "grpo.yaml", tree))
-    until(lambda: len(steps(run)) >= 2, 240, "two steps")
+    slurm.until(job, lambda: len(steps(run)) >= 2, 240, "two steps")
     endpoints = json.loads((run / "servers" / "n2.json").read_text())
     assert stat.S_IMODE((run / "servers" / "token").stat().st_mode) == 0o600
     assert endpoints["token"] == (run / "servers" / "token").read_text()
@@ -66,10 +66,12 @@ def test_servers_on_one_node_training_on_the_other_and_a_server_killed(slurm, tm
 def test_the_time_limit_puts_a_training_of_two_nodes_back_until_it_is_done(slurm, tmp_path, sft):
     run, log = tmp_path / "run", tmp_path / "job.log"
     options = ("--nodes=2", "--time=1", WARNING)
-    job = submit(slurm, "sft", log, "--config", sft, "--max_steps", "1200", options=options)
-    assert slurm.ended(job, 400) == "COMPLETED", log.read_text()
-    assert int(slurm.job(job)["Restarts"]) >= 1 and "requeued: " in log.read_text()
-    assert steps(run) == list(range(1, 1201))
+    job = submit(slurm, "sft", log, "--config", sft, "--max_steps", "1000", options=options)
+    slurm.until(job, lambda: int(slurm.job(job)["Restarts"]) >= 1, 150, "it was put back")
+    assert 0 < steps(run)[-1] < 1000 and "requeued: " in log.read_text()
+    slurm.ask("scontrol", "update", f"jobid={job}", "timelimit=30")
+    assert slurm.ended(job, 300) == "COMPLETED", log.read_text()
+    assert steps(run) == list(range(1, 1001))
     assert list(run.glob("logs/ranks-*")) and list(run.glob("logs/sft-*-0.log")) and list(run.glob("logs/sft-*-1.log"))
     until(lambda: not left_behind(run), 20, f"the end of {left_behind(run)}")
 
@@ -77,7 +79,7 @@ def test_the_time_limit_puts_a_training_of_two_nodes_back_until_it_is_done(slurm
 def test_cancelled_it_ends_with_the_reason_and_does_not_come_back(slurm, tmp_path, sft):
     run, log = tmp_path / "run", tmp_path / "job.log"
     job = submit(slurm, "sft", log, "--config", sft, "--max_steps", "100000")
-    until(lambda: len(steps(run)) >= 25, 180, "a few steps")
+    slurm.until(job, lambda: len(steps(run)) >= 25, 180, "a few steps")
     slurm.ask("scancel", job)
     assert slurm.ended(job, 60) == "CANCELLED" and int(slurm.job(job)["Restarts"]) == 0
     until(lambda: not left_behind(run), 40, f"the end of {left_behind(run)}")
@@ -87,7 +89,7 @@ def test_cancelled_it_ends_with_the_reason_and_does_not_come_back(slurm, tmp_pat
 def test_a_node_set_down_costs_the_steps_since_the_checkpoint(slurm, tmp_path, sft):
     run, log = tmp_path / "run", tmp_path / "job.log"
     job = submit(slurm, "sft", log, "--config", sft, "--max_steps", "400")
-    until(lambda: len(steps(run)) >= 25, 180, "a few steps")
+    slurm.until(job, lambda: len(steps(run)) >= 25, 180, "a few steps")
     slurm.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     until(lambda: slurm.job(job)["JobState"] == "PENDING", 60, "the job to be put back")
     until(lambda: not left_behind(run), 60, f"the end of {left_behind(run)}")

@@ -63,9 +63,10 @@ def code_noted(folder: Path | None, code: int) -> int:
     return json.loads(noted.read_text())["code"] if noted is not None and noted.exists() else code
 
 
-def last_words(log: Path) -> list[str]:
-    """What the command that wrote `log` said of its end; else its last lines."""
+def last_words(*logs: tuple[Path, int]) -> list[str]:
+    """What the command that wrote `logs` said of its end; else their last lines. A number is the bytes to skip."""
+    texts = (log.read_bytes()[skip:].decode(errors="replace") for log, skip in logs if log.exists())
     # torchrun puts `[default0]:` before what its processes print
-    lines = [re.sub(r"^\[\w+\]:\s?", "", line) for line in log.read_text(errors="replace").splitlines()]
+    lines = [re.sub(r"^\[\w+\]:\s?", "", line) for text in texts for line in text.splitlines()]
     said = [line for line in lines[-200:] if line.startswith(("error: ", "stopped: "))]
     return (said or lines)[-LAST_LINES:]

@@ -69,7 +69,9 @@ class Cluster:
         if self.job is None:
             return []
         names = ",".join(self.nodes[first : first + count])
-        return [*SRUN, f"--nodes={count}", f"--nodelist={names}", *([] if log is None else [f"--output={log}"])]
+        # The number of tasks, too: a step inherits the job's.
+        where = [f"--nodes={count}", f"--ntasks={count}", f"--nodelist={names}"]
+        return [*SRUN, *where, *([] if log is None else [f"--output={log}"])]
 
 
 def _field(line: str, name: str) -> str:

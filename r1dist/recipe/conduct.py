@@ -21,7 +21,7 @@ from ..config import GRPORun, SampleRun, Serve
 from ..config import Placement as Wishes
 from ..data.prompts import prompt_dataset
 from ..errors import Interrupted, RunStopped, StageFailed, UserError
-from ..files import ENDED
+from ..files import ENDED, LOGS, SERVERS
 from ..models import load_model_config, load_tokenizer, model_path
 from ..parse import parse, trl_value
 from ..recipe_fields import PipelineRun
@@ -53,8 +53,8 @@ class Conductor:
         self.arguments = arguments
         self.run = parse(self.kind.run_class, arguments)
         self.folder = Path(self.run.trl["output_dir"] if self.kind.trains else self.run.output_dir)
-        self.logs = self.folder / "logs"
-        self.apart = self.folder / "servers"
+        self.logs = self.folder / LOGS
+        self.apart = self.folder / SERVERS
         wishes = self.run.placement if self.kind.trains else Wishes()
         machines = cluster.machines(wishes)
         self.elsewhere = machines.nodes > len(cluster.nodes)
@@ -63,6 +63,7 @@ class Conductor:
             self.run.trl.setdefault("bf16", True)
         self.placement = place(machines, load_of(self.run), wishes)
         self.asked: list[int] = []
+        self._before: dict[Path, int] = {}
 
     def plan(self) -> str:
         """The placement, and each command."""
@@ -80,6 +81,7 @@ class Conductor:
         self.logs.mkdir(parents=True, exist_ok=True)
         if self.kind.trains:
             (self.folder / ENDED).unlink(missing_ok=True)
+        self._before = {path: path.stat().st_size for path in self.logs.glob("*.log")}
         with self._servers() as servers:
             log = self.logs / f"{self.name}.log"
             asked_by_file = self.folder if self.kind.trains else None
@@ -95,7 +97,14 @@ class Conductor:
         if self.asked and not self.kind.trains:
             raise Interrupted(f"what was drawn is kept in {self.folder}. The same command goes on.")
         if code:
-            raise StageFailed(f"{self.name} ended with exit code {code}; logs in {self.logs}.\n" + _said(log), code)
+            raise StageFailed(
+                f"{self.name} ended with exit code {code}; logs in {self.logs}.\n{self._said(log)}", code
+            )
+
+    def _said(self, log: Path) -> str:
+        """The last words, in this job, of a log and of those that its steps wrote beside it."""
+        logs = [log, *sorted(self.logs.glob(f"{log.stem}-*.log"))]
+        return "\n".join(last_words(*((path, self._before.get(path, 0)) for path in logs)))
 
     def _serving(self) -> range:
         """The nodes that serve, by number."""
@@ -242,7 +251,7 @@ class NodeServers:
         return self.endpoints.exists() and all(server.state == "ready" for server in read(self.endpoints).servers)
 
     def told(self) -> str:
-        return f"{self.log} ends with:\n{_said(self.log)}"
+        return f"{self.log} ends with:\n" + "\n".join(last_words((self.log, 0)))
 
     def _start(self) -> None:
         self.endpoints.unlink(missing_ok=True)  # of a start that was killed
@@ -309,12 +318,6 @@ def _accelerate(placement: Placement) -> Path:
     if placement.zero_stage == 0:
         return where / ("single_gpu.yaml" if placement.machines.gpus else "cpu.yaml")
     return where / f"zero{placement.zero_stage}{'' if placement.machines.gpus else '_cpu'}.yaml"
-
-
-def _said(log: Path) -> str:
-    """The last words of a log and of those that its steps wrote beside it."""
-    logs = [log, *sorted(log.parent.glob(f"{log.stem}-*.log"))]
-    return "\n".join(line for path in logs if path.exists() for line in last_words(path))
 
 
 @contextmanager

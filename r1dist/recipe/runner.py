@@ -166,7 +166,7 @@ class Runner:
         log = self._log(step)
         return (
             f"`{step.name}` failed with exit code {code}; {log} has everything that it printed:\n"
-            + "\n".join(f"  {line}" for line in last_words(log))
+            + "\n".join(f"  {line}" for line in last_words((log, 0)))
             + "\nWhat is done is kept: the same command goes on from here."
         )
 

@@ -25,6 +25,7 @@ from ..config import Rollout as RolloutSettings
 from ..data.prompts import prompt_dataset
 from ..data.templates import prompt_ids
 from ..errors import RunStopped, VerifiersBroken
+from ..files import SERVERS
 from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
 from ..parse import trl_value
 from ..process import set_up_process
@@ -377,7 +378,7 @@ def server_engine(
 
 
 def servers_folder(run: GRPORun) -> Path:
-    return Path(run.trl["output_dir"]) / "servers"
+    return Path(run.trl["output_dir"]) / SERVERS
 
 
 def arguments_of(run: GRPORun) -> trl.GRPOConfig:
