@@ -18,7 +18,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make test-slurm   a real SLURM of two nodes, and two machines, on this one; as root"
 	@echo "make chaos   more of the tests that kill runs"
-	@echo "make lint    ruff: style and formatting (make format mends it)"
+	@echo "make lint    ruff and shellcheck: style and formatting (make format mends the latter)"
 	@echo "make base    rebuild the embedded base models"
 
 setup: $(STAMP)
@@ -69,6 +69,7 @@ chaos: setup vllm-cpu
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/slurm/*.slurm .ci/run
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -87,6 +87,7 @@ def test_the_first_gpus_train_and_the_last_serve():
         (Machines(1, 8, 80), Load(True, True, shares=True, heads=28), {}, "Use 7 GPUs"),
         (Machines(2, 8, 80), Load(True, True, shares=True), {}, "whole nodes serve and none is shared"),
         (Machines(1, 8, 80), Load(True, True, heads=28, tensor_parallel=3), {}, "the nearest is 2."),
+        (Machines(2, 8, 80), Load(True, True, heads=28, tensor_parallel=8), {}, "and 28 heads; the nearest is 4."),
         (Machines(1, 1, 24), Load(True, True, served=20 * GIB), {}, "weights take 20.0 GiB, too much"),
         (Machines(1, 8, 80), Load(True, True, transport="ipc"), {}, "here `nccl` would do"),
     ],
