@@ -155,8 +155,10 @@ def measured_step(folder: Path, rollouts: int, trainers: int, servers: int) -> d
     subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=sys.stderr)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line][WARM_UP:]
-    phases = {name for line in steps for name in line if name.startswith("time/")}
-    found = {name.removeprefix("time/"): statistics.median(line.get(name, 0.0) for line in steps) for name in phases}
+    phases = {name for line in steps for name in line if name.startswith("seconds/")}
+    found = {
+        name.removeprefix("seconds/"): statistics.median(line.get(name, 0.0) for line in steps) for name in phases
+    }
     found["tokens"] = statistics.median(line["completions/mean_length"] for line in steps)
     found["longest"] = statistics.median(line["completions/max_length"] for line in steps)
     found["step"] = sum(statistics.median(line.get(name, 0.0) for line in steps) for name in phases)

@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import UserError
 
 MARK, LOCK = "run.json", ".lock"
+METRICS = "metrics.jsonl"  # a line for each logged step
 SUMS = "checksums.json"  # the last file of a checkpoint: with it, it is whole
 ENDED = "ended.json"  # why a run stopped before its end
 STOP = "stop"  # put there, it asks the run to save and stop, as a signal does

@@ -32,6 +32,7 @@ OURS_INSTEAD = {
     "use_transformers_paged": "`rollout.engine`",
     "generation_kwargs": "`temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`",
     "cache_implementation": "`rollout.engine`",
+    "ds3_gather_for_generation": "`rollout.engine: vllm`, which gathers in buckets,",
     "resume_from_checkpoint": "`resume`",
     "remove_unused_columns": "`data.sources`",
     "eval_strategy": "launch/evaluate.py",

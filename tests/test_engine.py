@@ -45,6 +45,20 @@ def test_a_rollout_does_not_depend_on_its_batch(engine_of, tokenizer):
     assert [r.token_ids for r in whole] != [r.token_ids for r in other_step]
 
 
+def test_rows_that_have_ended_leave_the_batch(engine_of, tokenizer, base_model):
+    sizes = []
+    hook = base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        rollouts = generate(engine_of(16), requests(tokenizer, 8), Sampling(max_tokens=40))
+    finally:
+        hook.remove()
+    alive = [sum(len(r.token_ids) > step for r in rollouts) for step in range(len(sizes))]
+    assert sizes[0] == 16 and len(set(sizes)) > 2
+    assert all(left <= size < max(left / 0.75, left + 1) + 1 for left, size in zip(alive, sizes, strict=True))
+
+
 def test_logprobs_are_the_models_own_and_greedy_is_its_best(engine_of, tokenizer, base_model):
     for temperature in (0, 1.0, 0.5):
         rollouts = generate(engine_of(5), requests(tokenizer, 3), Sampling(max_tokens=30, temperature=temperature))

@@ -15,9 +15,11 @@ import pytest
 from conftest import ROOT, SMALL_GRPO, launch, metrics, write_yaml
 from transformers import AutoModelForCausalLM
 
+from r1dist.errors import EXIT_INTERRUPTED
 from r1dist.report.table import stage_table
 
 LONGEST_DELAY = 3.0
+ASKED = "sft/metrics.jsonl"
 
 SMALL_SFT = {
     "model": {"path": "tiny"},
@@ -160,7 +162,7 @@ def test_killed_anywhere_the_same_command_comes_to_the_same(undisturbed):
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     print(f"seed of the moments: {seed}")
-    moments = ["evaluations/base.json", "samples/samples/direct.jsonl", "sft/checkpoint-3", "rl/metrics.jsonl",
+    moments = ["evaluations/base.json", "samples/samples/direct.jsonl", ASKED, "sft/checkpoint-3", "rl/metrics.jsonl",
                "rl/checkpoint-4"]  # fmt: skip
     for moment in moments:
         with log.open("a") as file:
@@ -171,6 +173,10 @@ def test_killed_anywhere_the_same_command_comes_to_the_same(undisturbed):
         while not (run / moment).exists():
             assert process.poll() is None and time.monotonic() - began < 300, log.read_text()
             time.sleep(0.01)
+        if moment == ASKED:  # to stop, and it saves first
+            process.terminate()
+            assert process.wait(120) == EXIT_INTERRUPTED, log.read_text()
+            continue
         time.sleep(rng.uniform(0, LONGEST_DELAY))
         for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself a moment ago

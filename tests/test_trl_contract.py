@@ -2,9 +2,12 @@
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 
 import pytest
 import trl
+from conftest import ROOT
 from transformers import Trainer, TrainingArguments
 
 from r1dist.train import grpo
@@ -107,3 +110,10 @@ def test_fields_read_from_source_are_the_real_ones(config):
     for name, default in known.items():
         if real[name].default is not dataclasses.MISSING:
             assert default == real[name].default, name
+
+
+def test_vllm_is_not_imported_beside_trl():
+    """It would double the seconds of a launcher's start; TRL asks the function that `r1dist.train` replaces."""
+    asked = "import sys, r1dist.train.grpo; print([name for name in sys.modules if name.split('.')[0] == 'vllm'])"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..files import ENDED, STOP
-from ..train.stopping import SAME
+from ..signals import SAME, SIGNALS
 
 LAST_LINES = 8
 
@@ -44,7 +44,7 @@ def handing_on(name: str, process: subprocess.Popen, folder: Path | None) -> Ite
             folder.mkdir(parents=True, exist_ok=True)
             (folder / STOP).touch()
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
     try:
         yield came
     finally:

@@ -131,6 +131,9 @@ class Runner:
             # of the last start alone, if it was cut off before
             "seconds": round(time.monotonic() - began, 1),
         }
+        if code and asked and not step.trains:
+            self.manifest.write(step.name, record | {"state": "failed"})
+            raise Interrupted(f"`{step.name}` was cut off. The same command goes on.")
         if code:
             code = code_noted(step.folder, code)
             self.manifest.write(step.name, record | {"state": "failed", "exit_code": code})

@@ -3,9 +3,8 @@
 from html import escape
 from pathlib import Path
 
-from ..files import read_lines
+from ..files import METRICS, read_lines
 from . import svg
-from .progress import METRICS
 from .table import percent
 
 CURVES = {"reward": "mean reward", "completions/mean_length": "mean length, tokens"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-METRICS = "metrics.jsonl"
+from ..files import METRICS
 
 
 class StepLine(TrainerCallback):

@@ -1,8 +1,8 @@
-"""The embedded engine: transformers' `generate` inside the training process.
+"""The embedded engine: a decoding loop inside the training process.
 
 Each sample draws from a random generator of its own, so a rollout does not depend on what else is in the
-batch nor on how many ranks there are. Simplified: no paged cache and no continuous batching; a batch is
-decoded until its longest completion ends.
+batch nor on how many ranks there are. Rows that have ended leave the batch and the cache. Simplified: no paged cache,
+and nobody joins a batch that is under way.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
+    DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -30,35 +29,44 @@ from .protocol import Request, Rollout, Sampling
 # Noise is drawn for several positions at once where the vocabulary is small: a call for every row and
 # position would cost more than the model.
 NOISE_BLOCK = 8192
+SHRINK = 0.75
+"""Rows that have ended are taken out when this share of the batch is left: copying the cache costs about a step."""
 
 
-class SeededDraw(LogitsProcessor):
-    """Turns the argmax that follows into a draw from softmax(scores), row i by a generator of its own.
+class SeededDraw:
+    """Draws a token of each row from softmax(scores), row i by a generator of its own; without seeds, the best.
 
-    argmax(p / e) with e ~ Exp(1) is distributed as p (the exponential race). Without seeds the argmax is left
-    alone. Keeps the chosen tokens' logprobs in `logprobs`, one tensor [B] per position.
+    argmax(p / e) with e ~ Exp(1) is distributed as p (the exponential race).
     """
 
     def __init__(self, seeds: list[int] | None, device: torch.device):
         self.generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.logprobs: list[torch.Tensor] = []
+        self._drawn = 0
         self._noise: torch.Tensor | None = None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, V] -> the tokens [B], and their logprobs [B]."""
         logprobs = scores.float().log_softmax(dim=-1)
         raced = logprobs if self.generators is None else logprobs - self._next_noise(logprobs).log()
-        self.logprobs.append(logprobs.gather(1, raced.argmax(dim=-1, keepdim=True)).squeeze(1))
-        return raced
+        tokens = raced.argmax(dim=-1)
+        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows alone."""
+        if self.generators is not None:
+            self.generators = [self.generators[row] for row in rows.tolist()]
+            self._noise = self._noise[rows]
 
     def _next_noise(self, scores: torch.Tensor) -> torch.Tensor:
         """Exponential noise [B, V] for the next position. The block depends on V alone, so rows repeat exactly."""
         rows, vocabulary = scores.shape
         block = max(1, NOISE_BLOCK // vocabulary)
-        place = len(self.logprobs) % block
+        place = self._drawn % block
         if place == 0:
             self._noise = scores.new_empty(rows, block, vocabulary)
             for row, generator in zip(self._noise, self.generators, strict=True):
                 row.exponential_(generator=generator)
+        self._drawn += 1
         return self._noise[:, place]
 
 
@@ -109,34 +117,48 @@ class InProcessEngine:
     def _decode(self, model: PreTrainedModel, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         longest = max(len(request.prompt_ids) for request in requests)
         padded = [[self.pad_id] * (longest - len(r.prompt_ids)) + r.prompt_ids for r in requests]
-        mask = [[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]
-        greedy = sampling.temperature == 0
-        draw = SeededDraw(None if greedy else [request.seed for request in requests], model.device)
-        output = model.generate(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            logits_processor=LogitsProcessorList([*_warpers(sampling), draw]),
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_tokens,
-                do_sample=False,
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.pad_id,
-                repetition_penalty=1.0,  # unset, the model's own generation_config would fill it in
-                disable_compile=True,
-            ),
-        )
-        completions = output[:, longest:].tolist()
-        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
-        return [
-            self._rollout(request, ids, scores)
-            for request, ids, scores in zip(requests, completions, logprobs, strict=True)
-        ]
+        ids = torch.tensor(padded, device=model.device)
+        mask = torch.tensor([[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
+        mask = mask.to(model.device)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        stops = torch.tensor(self.stop_ids, device=model.device)
+        warpers = _warpers(sampling)
+        draw = SeededDraw(None if sampling.temperature == 0 else [r.seed for r in requests], model.device)
+        cache = DynamicCache(config=model.config)
+        rows = torch.arange(len(requests), device=model.device)  # whose completion each row of the batch is
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        drawn, following = [], ids
+        for _ in range(sampling.max_tokens):
+            output = model(
+                input_ids=following, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+            tokens, logprobs = draw(warpers(ids, output.logits[:, -1].float()))
+            drawn.append((rows[~ended], tokens[~ended], logprobs[~ended]))
+            ended |= torch.isin(tokens, stops)
+            left = int((~ended).sum())
+            if left == 0:
+                break
+            following, places = tokens[:, None], places[:, -1:] + 1
+            ids = torch.cat([ids, following], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if left <= SHRINK * len(rows):
+                kept = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                draw.keep(kept)
+                rows, ids, mask, places, following = (x[kept] for x in (rows, ids, mask, places, following))
+                ended = ended[kept]
+        completions: list[list[int]] = [[] for _ in requests]
+        scores: list[list[float]] = [[] for _ in requests]
+        for step in drawn:
+            for row, token, logprob in zip(*(part.tolist() for part in step), strict=True):
+                completions[row].append(token)
+                scores[row].append(logprob)
+        return [self._rollout(*found) for found in zip(requests, completions, scores, strict=True)]
 
     def _rollout(self, request: Request, ids: list[int], logprobs: list[float]) -> Rollout:
-        end = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), None)
-        length = end or len(ids)
-        reason = "length" if end is None else "stop"
-        return Rollout(request, ids[:length], logprobs[:length], reason, self.version)
+        reason = "stop" if ids[-1] in self.stop_ids else "length"
+        return Rollout(request, ids, logprobs, reason, self.version)
 
 
 def load_engine(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> InProcessEngine:
@@ -153,9 +175,9 @@ def load_engine(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: in
     return InProcessEngine(unwrapped, stop_ids(model, tokenizer), tokenizer.pad_token_id, batch_size)
 
 
-def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
     """In the order in which transformers applies them when it samples itself."""
-    warpers: list[LogitsProcessor] = []
+    warpers = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.temperature not in (0, 1.0):

@@ -353,7 +353,7 @@ def in_process_engine(batch_size: int, trainer: GRPOTrainer) -> InProcessEngine:
         return unwrap_model_for_generation(
             trainer.model_wrapped,
             trainer.accelerator,
-            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            gather_deepspeed3_params=True,  # ranks decode different numbers of tokens: nothing may be collective
             gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         )
 

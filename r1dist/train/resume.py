@@ -11,8 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..errors import UserError
 from ..fields import differences, flat
-from ..files import MARK
-from ..report.progress import METRICS
+from ..files import MARK, METRICS
 from ..report.traces import FOLDER as TRACES
 from .checkpoints import BESIDE, damage, read_state, step_of
 from .reference import REFERENCE, link

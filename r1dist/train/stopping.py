@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import EXIT_STALLED
+from ..signals import SAME, SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME = 3.0  # seconds in which a second signal is the first one's echo, from a launcher that hands it on
 GRACE = 30.0  # seconds, at most, that a run which stood still is given to stir again and save
 
 
