@@ -3,12 +3,18 @@
 `python bench/rewards.py [--rounds 3]` needs GSM8K beside the checkout (shared/data/gsm8k). Prints JSON. The ratios
 alternate within one run; both sides verify the same answers against the same gold ones.
 
+`stuck_limits`: what answers that no check recognises and that never end cost, in limits, beyond 1.2 times the clean
+time.
+`sandbox_per_core`: trivial programs a second, one after another.
+
 Simplified: a hostile answer costs the loop at most math-verify's own clocks, of as many seconds as the pool's limit.
 """
 
 import argparse
 import functools
 import json
+import logging
+import math
 import os
 import platform
 import statistics
@@ -23,12 +29,16 @@ from math_verify import parse, verify
 from r1dist.config import Verify
 from r1dist.data.formats import gold_answer
 from r1dist.rewards import VERIFIERS
+from r1dist.rewards.accuracy import accuracy
 from r1dist.rewards.pool import Pool
+from r1dist.rewards.sandbox import python, require_sandbox, run
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 ANSWERS = 1024
 LIMIT = 1
 WORKERS = 2
+PROGRAMS = 60
+STUCK = "<answer>stuck</answer>"
 HOSTILE = ("9^{9^{9^9}}", "10!!!!!!!!", "(" * 5000 + "1" + ")" * 5000, "\\binom{10^9}{5*10^8}", "\\int_0^1 x^x dx")
 
 
@@ -36,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     wish = parser.parse_args()
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would print the hostile answers, whole
     rows = load_dataset(str(GSM8K), split="train").select(range(ANSWERS))
     golds = [gold_answer(row["answer"], "hashes") for row in rows]
     clean = [f"<think>{row['answer']}</think><answer>{gold}</answer>" for row, gold in zip(rows, golds, strict=True)]
@@ -44,6 +55,8 @@ def main() -> None:
         for place, text in enumerate(clean)
     ]
     seconds: dict[str, list[float]] = {"loop": [], "pool": [], "loop hostile": [], "pool hostile": []}
+    stuck = [STUCK if place % 100 == 0 else text for place, text in enumerate(clean)]
+    over = []
     for _ in range(wish.rounds):
         for name, texts in (("", clean), (" hostile", mixed)):
             seconds[f"loop{name}"].append(timed(by_loop, texts, golds))
@@ -51,6 +64,10 @@ def main() -> None:
             with Pool(VERIFIERS, Verify(workers=WORKERS, seconds=LIMIT)) as pool:
                 by_pool(pool, ["1"] * 64, ["2"] * 64)  # the workers come up
                 seconds[f"pool{name}"].append(timed(functools.partial(by_pool, pool), texts, golds))
+        with Pool({"accuracy": accuracy_or_stuck}, Verify(workers=WORKERS, seconds=LIMIT)) as pool:
+            by_pool(pool, ["1"] * 64, ["2"] * 64)
+            took = timed(functools.partial(by_pool, pool), stuck, golds)
+            over.append(round((took - 1.2 * seconds["pool"][-1]) / LIMIT, 2))
             print({how: round(values[-1], 2) for how, values in seconds.items() if values}, file=sys.stderr)
     result = {
         "bench": "rewards",
@@ -59,6 +76,13 @@ def main() -> None:
         "hostile": sum(one is not other for one, other in zip(clean, mixed, strict=True)),
         "clean_ratio": ratio(seconds["loop"], seconds["pool"], 1.6),
         "hostile_ratio": ratio(seconds["loop hostile"], seconds["pool hostile"], 8),
+        "stuck_limits": {
+            "value": statistics.median(over),
+            "all": over,
+            "aim": math.ceil(stuck.count(STUCK) / WORKERS),
+            "better": "lower",
+        },
+        "sandbox_per_core": {"value": round(sandboxed_per_second(), 1), "aim": 20, "better": "higher"},
         "answers_per_second": {name: round(ANSWERS / statistics.median(s)) for name, s in seconds.items()},
     }
     print(json.dumps(result, indent=2))
@@ -84,6 +108,21 @@ def by_loop(texts: list[str], golds: list[str]) -> list[bool]:
 
 def by_pool(pool: Pool, texts: list[str], golds: list[str]) -> list[float | None]:
     return pool.scores("accuracy", texts, [{"answer": gold} for gold in golds])
+
+
+def accuracy_or_stuck(text: str, row: dict) -> float | None:
+    """`accuracy`, but for an answer that no check recognises and that never comes to an end."""
+    while text == STUCK:
+        pass
+    return accuracy(text, row)
+
+
+def sandboxed_per_second() -> float:
+    require_sandbox()
+    began = time.perf_counter()
+    for _ in range(PROGRAMS):
+        assert run([python(), "-c", "print(1)"]).stdout == b"1\n"
+    return PROGRAMS / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A GRPO step on paper, from one GPU to 1,024, and the same formula held against runs on this machine.
 
 `python bench/scale.py [--no_runs]`. The formula's parts (tokens per second of a server and of a trainer, seconds
-of a sync by bytes, of a reward) are measured here on two cores with the embedded base model: they are fitted to
+of a sync, of a reward) are measured here on two cores with a random model of 5M parameters: they are fitted to
 two runs with one trainer and one server, and then predict runs with two of either; `prediction_error` is the
 largest miss. For GPUs the parts are assumptions, printed with the result, and nothing of that table has run.
 Progress goes to stderr, one JSON object to stdout.
@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
+from rollout import random_model
+from step import ENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, WARM_UP = 8, 3
@@ -40,7 +42,7 @@ class Parts:
     train: float
     """Of an optimizer step, whatever is in it."""
     sync: float
-    """To bring the weights to all servers."""
+    """To bring the weights to one server, as far as they cannot be sent to all at once."""
     rollout: float
     """Of all else for one rollout on one trainer: preparing, scoring what is left, reference, logging."""
 
@@ -53,6 +55,8 @@ class Load:
     mean_tokens: float
     longest: float
     prompt: float = 0.0
+    syncs: int = 1
+    """Servers that are given weights one after another: all of those on two cores, one where a broadcast does it."""
 
 
 def step_seconds(parts: Parts, load: Load, trainers: float, servers: float, overlap: bool = False) -> dict[str, float]:
@@ -65,7 +69,7 @@ def step_seconds(parts: Parts, load: Load, trainers: float, servers: float, over
         "generate": parts.decode * load.longest + parts.token * tokens / servers,
         "train": parts.train + parts.train_token * (tokens + load.rollouts * load.prompt) / trainers,
         "rest": parts.rollout * load.rollouts / trainers,
-        "sync": parts.sync,
+        "sync": parts.sync * load.syncs,
     }
     training = phases["train"] + phases["rest"]
     step = max(phases["generate"], training) if overlap else phases["generate"] + training
@@ -130,10 +134,13 @@ def best_split(model: str, gpus: int) -> dict | None:
 
 def measured_step(folder: Path, rollouts: int, trainers: int, servers: int) -> dict[str, float]:
     """Median seconds by phase of a real run's steps: every trainer and every server on one core."""
+    model = random_model(folder / "model")
+    model.generation_config.eos_token_id = list(range(20, 20 + ENDS))
+    model.generation_config.save_pretrained(folder / "model")
     tree = {
-        "model": {"path": "tiny"},
+        "model": {"path": str(folder / "model")},
         "data": {"sources": [{"path": "tiny", "limit": 1024}], "template": "chat"},
-        "rollout": {"engine": "vllm", "serve": {"replicas": servers, "cores": 1, "max_model_len": 256}},
+        "rollout": {"engine": "vllm", "serve": {"replicas": servers, "cores": 1, "max_model_len": 512}},
         "verify": {"workers": 1},
         "output_dir": str(folder / "run"),
         "seed": 0,
@@ -141,7 +148,7 @@ def measured_step(folder: Path, rollouts: int, trainers: int, servers: int) -> d
         "learning_rate": 1e-6,
         "num_generations": GROUP,
         "per_device_train_batch_size": rollouts // trainers,
-        "max_completion_length": 96,
+        "max_completion_length": 256,
         "gradient_checkpointing": False,
         "beta": 0.0,
         "save_strategy": "no",
@@ -198,7 +205,7 @@ def check_here() -> dict:
     parts = fit(runs[64, 1, 1], runs[128, 1, 1])
     rows = []
     for (rollouts, trainers, servers), run in list(runs.items())[2:]:
-        load = Load(rollouts, run["tokens"], run["longest"])
+        load = Load(rollouts, run["tokens"], run["longest"], syncs=servers)
         predicted = step_seconds(parts, load, trainers, servers)["step"]
         rows.append({"trainers": trainers, "servers": servers, "predicted": predicted, "measured": run["step"],
                      "error": abs(predicted / run["step"] - 1)})  # fmt: skip
