@@ -206,6 +206,22 @@ def test_a_dry_run_prints_the_commands_that_a_person_could_type(tmp_path, pipeli
     assert not (tmp_path / "run").exists()
 
 
+def test_a_chain_of_jobs_goes_from_stage_to_stage_and_does_not_submit_itself(tmp_path, pipeline):
+    pipeline |= {"sbatch": {"nodes": 2}, "launcher": "job"}
+    pipeline["stages"][1]["sbatch"] = {"time": "1:00:00"}
+    config = written(tmp_path, pipeline)
+    done = launch("pipeline.py", "--config", config, "--slurm", "chain", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    jobs = {re.search(r"--job-name=r1dist-(\w+)", line)[1]: line for line in done.stdout.splitlines()}
+    assert list(jobs) == ["base", "samples", "sft", "rl"]
+    for name, line in jobs.items():
+        assert "--nodes=2" in line and line.endswith(f"--slurm null --dry_run false --until {name}")
+        assert ("--time=1:00:00" in line) == (name == "rl")
+    assert not (tmp_path / "run").exists()
+    planned = launch("pipeline.py", "--config", config, "--dry_run").stdout
+    assert f"{ROOT / 'launch' / 'job.py'} sft --config" in planned and "accelerate" not in planned
+
+
 def test_a_stage_that_fails_shows_its_last_lines_and_the_way_on(tmp_path, pipeline):
     samples = (tmp_path / "samples.yaml").read_text().replace("language: null", "min_tokens: 1000")
     (tmp_path / "samples.yaml").write_text(samples)

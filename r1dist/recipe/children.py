@@ -11,10 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from ..files import ENDED, STOP
 from ..signals import SAME, SIGNALS
 
 LAST_LINES = 8
+
+
+def forget(folder: Path) -> None:
+    """Take away what an earlier start, killed with its launcher, has left in a training's `folder`: how it ended, and
+    a wish to stop that is older than this process."""
+    (folder / ENDED).unlink(missing_ok=True)
+    wish = folder / STOP
+    if wish.exists() and wish.stat().st_mtime < psutil.Process().create_time():
+        wish.unlink()
 
 
 @contextmanager
@@ -50,6 +61,8 @@ def handing_on(name: str, process: subprocess.Popen, folder: Path | None) -> Ite
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if came and folder is not None:
+            (folder / STOP).unlink(missing_ok=True)  # it ended without having seen it
 
 
 def end_with_parent() -> None:

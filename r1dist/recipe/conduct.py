@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,15 +21,16 @@ from ..config import GRPORun, SampleRun, Serve
 from ..config import Placement as Wishes
 from ..data.prompts import prompt_dataset
 from ..errors import Interrupted, RunStopped, StageFailed, UserError
-from ..files import ENDED, LOGS, SERVERS
+from ..files import LOGS, SERVERS, owned
 from ..models import load_model_config, load_tokenizer, model_path
 from ..parse import parse, trl_value
 from ..recipe_fields import PipelineRun
 from ..report.plan import BYTES, Sharding, model_shape, parameter_count, peak, training_memory
 from ..rollout.ports import free_port
 from ..rollout.servers.endpoints import OWNER_ONLY, read
+from ..rollout.weights.scratch import clear
 from ..train.shared import computing_dtype, hardware_defaults
-from .children import code_noted, end_with_parent, handing_on, last_words
+from .children import code_noted, end_with_parent, forget, handing_on, last_words
 from .cluster import Cluster
 from .graph import KINDS
 from .placement import Load, Placement, place
@@ -78,9 +79,14 @@ class Conductor:
                 "launch/slurm/, or leave it out."
             )
         print(self.placement.table(), flush=True)
+        # Two jobs in one folder would take each other's servers; samplers are meant to be many.
+        with owned(self.logs) if self.kind.trains else nullcontext():
+            self._go()
+
+    def _go(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         if self.kind.trains:
-            (self.folder / ENDED).unlink(missing_ok=True)
+            forget(self.folder)
         self._before = {path: path.stat().st_size for path in self.logs.glob("*.log")}
         with self._servers() as servers:
             log = self.logs / f"{self.name}.log"
@@ -117,6 +123,7 @@ class Conductor:
             yield []
             return
         self.apart.mkdir(exist_ok=True)
+        clear(self.apart)
         self._token().touch(OWNER_ONLY)
         self._token().write_text(secrets.token_urlsafe(32))
         tokens = longest(self.run)

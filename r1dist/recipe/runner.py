@@ -19,7 +19,7 @@ from ..fields import differences
 from ..files import SUMS, owned, versions, write_json
 from ..report.page import write_page
 from ..report.table import goals_list, stage_table
-from .children import code_noted, end_with_parent, handing_on, last_words
+from .children import code_noted, end_with_parent, forget, handing_on, last_words
 from .goals import judge
 from .graph import EVALUATION, Graph, Step
 from .manifest import Manifest, digest, inputs_of, settings_of
@@ -123,6 +123,8 @@ class Runner:
             "started": before.get("started", _now()),
         }
         self.manifest.write(step.name, record)
+        if step.trains:
+            forget(step.folder)
         began = time.monotonic()
         code, asked = self._execute(step, command)
         record |= {

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-PREFIX = f"r1dist-weights-{socket.gethostname()}"
+EVERYBODYS = "r1dist-weights-"
+PREFIX = f"{EVERYBODYS}{socket.gethostname()}"
 
 
 def own_folder(parent: Path) -> Path:
@@ -22,3 +23,9 @@ def sweep(folder: Path) -> None:
         pid = int(left.name.split("-")[-2])
         if left.stat().st_uid == os.getuid() and not psutil.pid_exists(pid):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what any machine has left in `folder`, which belongs to one run that is not at work."""
+    for left in folder.glob(f"{EVERYBODYS}*"):
+        shutil.rmtree(left)

@@ -1,0 +1,45 @@
+"""What stands between a launcher and the commands that it starts."""
+
+import os
+import signal
+import subprocess
+import time
+
+from r1dist.files import ENDED, STOP
+from r1dist.recipe.children import code_noted, forget, handing_on, last_words
+
+
+def test_what_an_earlier_start_left_is_forgotten_and_a_fresh_wish_is_not(tmp_path):
+    (tmp_path / ENDED).write_text('{"code": 75}')
+    (tmp_path / STOP).touch()
+    os.utime(tmp_path / STOP, (1, 1))
+    assert code_noted(tmp_path, 1) == 75
+    forget(tmp_path)
+    assert code_noted(tmp_path, 1) == 1 and not (tmp_path / STOP).exists()
+    (tmp_path / STOP).touch()
+    os.utime(tmp_path / STOP, (time.time() + 1,) * 2)
+    forget(tmp_path)
+    assert (tmp_path / STOP).exists()
+
+
+def test_a_training_is_asked_by_a_file_and_a_launchers_echo_is_no_second_wish(tmp_path, capfd):
+    folder = tmp_path / "run"
+    with subprocess.Popen(["sleep", "60"]) as process, handing_on("sft", process, folder) as came:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert came == [signal.SIGUSR1] and (folder / STOP).exists() and process.poll() is None
+        process.kill()
+    assert not (folder / STOP).exists()  # it would stop the next start
+    assert capfd.readouterr().out == "SIGUSR1: waiting for `sft` to save and stop.\n"
+    with subprocess.Popen(["sleep", "60"]) as process, handing_on("evaluation", process, None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+
+
+def test_the_last_words_are_the_reason_if_one_was_given(tmp_path):
+    log, beside = tmp_path / "grpo.log", tmp_path / "grpo-n1-0.log"
+    log.write_text("error: of another day\nsrun: Exited with exit code 1\n")
+    beside.write_text("step 1\n[default0]:stopped: no server is left.\n[default0]:Traceback\n")
+    skip = len("error: of another day\n")
+    assert last_words((log, skip), (beside, 0), (tmp_path / "none.log", 0)) == ["stopped: no server is left."]
+    assert last_words((log, skip)) == ["srun: Exited with exit code 1"]
