@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets import load_dataset
 from math_verify import parse, verify
 
 from r1dist.config import Verify
@@ -46,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     wish = parser.parse_args()
+    from datasets import load_dataset  # here: the workers import this file, too
+
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would print the hostile answers, whole
     rows = load_dataset(str(GSM8K), split="train").select(range(ANSWERS))
     golds = [gold_answer(row["answer"], "hashes") for row in rows]

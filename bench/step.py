@@ -25,7 +25,7 @@ import torch
 import trl
 from datasets import Dataset
 from rollout import random_model
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from r1dist.config import Verify
 from r1dist.process import set_up_process
@@ -153,6 +153,7 @@ class Bench:
             else lambda trainer: in_process_engine(PROMPTS * GROUP, trainer),
             rewards=Rewards({"repetition": Reward()}, self.pool),
             traces=None,
+            stall_timeout=1800,
             model=str(self.path),
             reward_funcs=[reward],
             args=self.arguments(longest),
@@ -164,6 +165,7 @@ class Bench:
     def _timed(self, trainer) -> Clock:
         clock = Clock()
         trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)  # stdout is for the result
         torch.manual_seed(0)
         trainer.train()
         return clock
