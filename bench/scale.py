@@ -24,9 +24,9 @@ from rollout import random_model
 from step import ENDS
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, WARM_UP = 8, 3
+STEPS, WARM_UP = 6, 2
 ROLLOUTS = 128
-GROUP = 8
+GROUP = MICRO = 8
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def measured_step(folder: Path, rollouts: int, trainers: int, servers: int) -> d
         "max_steps": STEPS,
         "learning_rate": 1e-6,
         "num_generations": GROUP,
-        "per_device_train_batch_size": rollouts // trainers,
+        "per_device_train_batch_size": MICRO,  # small enough that a token costs the same in each
+        "gradient_accumulation_steps": rollouts // trainers // MICRO,
         "max_completion_length": 256,
         "gradient_checkpointing": False,
         "beta": 0.0,
