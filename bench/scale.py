@@ -1,7 +1,7 @@
 """A GRPO step on paper, from one GPU to 1,024, and the same formula held against runs on this machine.
 
 `python bench/scale.py [--no_runs]`. The formula's parts (tokens per second of a server and of a trainer, seconds
-of a sync, of a reward) are measured here on two cores with a random model of 5M parameters: they are fitted to
+of a sync, of a reward) are measured here on two cores with a random model of 30M parameters: they are fitted to
 two runs with one trainer and one server, and then predict runs with two of either; `prediction_error` is the
 largest miss. For GPUs the parts are assumptions, printed with the result, and nothing of that table has run.
 Progress goes to stderr, one JSON object to stdout.
@@ -24,9 +24,11 @@ from rollout import random_model
 from step import ENDS
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, WARM_UP = 6, 2
-ROLLOUTS = 128
+STEPS, WARM_UP = 5, 2
+ROLLOUTS = 64
+FEW = ROLLOUTS // 2
 GROUP = MICRO = 8
+HIDDEN = 640  # 30M parameters: a token's arithmetic must outweigh a request's, as it does on GPUs
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def best_split(model: str, gpus: int) -> dict | None:
 
 def measured_step(folder: Path, rollouts: int, trainers: int, servers: int) -> dict[str, float]:
     """Median seconds by phase of a real run's steps: every trainer and every server on one core."""
-    model = random_model(folder / "model")
+    model = random_model(folder / "model", HIDDEN)
     model.generation_config.eos_token_id = list(range(20, 20 + ENDS))
     model.generation_config.save_pretrained(folder / "model")
     tree = {
@@ -157,7 +159,7 @@ def measured_step(folder: Path, rollouts: int, trainers: int, servers: int) -> d
     config = folder / "grpo.yaml"
     config.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", f"configs/accelerate/{'cpu' if trainers == 1 else 'zero2_cpu'}.yaml"]
+    command += ["--config_file", "configs/accelerate/zero2_cpu.yaml"]  # for one trainer too: the same engine
     command += ["--num_processes", str(trainers), "launch/grpo.py", "--config", str(config)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=sys.stderr)
@@ -176,7 +178,7 @@ def measured_step(folder: Path, rollouts: int, trainers: int, servers: int) -> d
 
 def fit(small: dict[str, float], large: dict[str, float]) -> Parts:
     """The parts from two runs with one trainer and one server, of half the rollouts and of all."""
-    few, many = ROLLOUTS // 2, ROLLOUTS
+    few, many = FEW, ROLLOUTS
 
     def line(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float]:
         slope = max(0.0, (y1 - y0) / (x1 - x0))
@@ -200,10 +202,10 @@ def fit(small: dict[str, float], large: dict[str, float]) -> Parts:
 def check_here() -> dict:
     """Fit to one trainer and one server; predict two of either, and compare with runs."""
     runs = {}
-    for rollouts, trainers, servers in ((64, 1, 1), (128, 1, 1), (128, 1, 2), (128, 2, 1), (128, 2, 2)):
+    for rollouts, trainers, servers in ((FEW, 1, 1), *((ROLLOUTS, n, m) for n in (1, 2) for m in (1, 2))):
         with tempfile.TemporaryDirectory() as folder:
             runs[rollouts, trainers, servers] = measured_step(Path(folder), rollouts, trainers, servers)
-    parts = fit(runs[64, 1, 1], runs[128, 1, 1])
+    parts = fit(runs[FEW, 1, 1], runs[ROLLOUTS, 1, 1])
     rows = []
     for (rollouts, trainers, servers), run in list(runs.items())[2:]:
         load = Load(rollouts, run["tokens"], run["longest"], syncs=servers)

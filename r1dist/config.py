@@ -169,6 +169,9 @@ class Rollout:
     """Mean difference of a server's and the trainer's logprobs after a sync, above which the run ends."""
     sleep: bool = False
     """Servers on the trainer's GPU give back their memory while it trains."""
+    max_staleness: NonNegativeInt = 0
+    """Generations that vLLM servers may be ahead of the training. 0: each is made with the newest weights, while the
+    trainer waits. 1: the next one is made while this one is trained on."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -228,6 +231,8 @@ class TrainRL(Train):
     objective: Literal["paper", "trl"] = "paper"
     """`paper`: the report's GRPO, see `r1dist.objective`. `trl`: TRL's own defaults (DAPO without KL).
     Either way a field that the YAML sets itself wins."""
+    token_budget: PositiveInt | None = None
+    """Most tokens of one forward, padding included. Where a micro-batch has more it is divided. Unset: no bound."""
 
 
 @dataclass(config=STRICT, kw_only=True)

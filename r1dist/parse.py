@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .config import GRPORun, RewardModelRun, SFTRun
+from .config import GRPORun, RewardModelRun, Rollout, SFTRun
 from .errors import UserError
 from .objective import OBJECTIVES
 from .reward_fields import check_rewards
@@ -110,6 +110,7 @@ def build(run_class: type, tree: dict, where: str) -> Any:
     run = _validate(TypeAdapter(run_class).validate_python, tree, where, run_class)
     if isinstance(run, GRPORun):
         check_rewards(run.rewards)
+        _check_ahead(run.rollout, where)
         run.trl = {**GRPO_DEFAULTS, **OBJECTIVES[run.train.objective], **run.trl}
     return run
 
@@ -117,6 +118,19 @@ def build(run_class: type, tree: dict, where: str) -> Any:
 def trl_value(run: GRPORun | SFTRun | RewardModelRun, name: str) -> Any:
     """A TRL field as the run has it: from its YAML, else TRL's own default."""
     return run.trl[name] if name in run.trl else field_types(TRL_CLASS[type(run)])[name][1]
+
+
+def _check_ahead(rollout: Rollout, where: str) -> None:
+    if rollout.max_staleness and rollout.engine != "vllm":
+        raise UserError(
+            f"{where}: `rollout.max_staleness` is {rollout.max_staleness}, but with `rollout.engine: transformers` "
+            "the trainer generates itself, and not while it trains.\nSet `rollout.engine: vllm`, or this to 0."
+        )
+    if rollout.max_staleness and rollout.sleep:
+        raise UserError(
+            f"{where}: with `rollout.max_staleness` {rollout.max_staleness} the servers generate while the trainer "
+            "trains, with `rollout.sleep` they give their memory back then.\nSet one of them to its default."
+        )
 
 
 def check_groups(run: GRPORun) -> None:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from r1dist.train import grpo
 from r1dist.train.checkpoints import ResumableTrainer
+from r1dist.train.loss import TrainerOfGroups
 from r1dist.trl_fields import field_types
 
 # As of trl 1.16.0. An upgrade that changes one of them must be looked at by a person.
@@ -20,6 +21,7 @@ SIGNATURES = {
     "-> torch.utils.data.sampler.Sampler",
     "_prepare_inputs": "(self, generation_batch: dict[str, torch.Tensor | typing.Any]) "
     "-> dict[str, torch.Tensor | typing.Any]",
+    "_compute_loss": "(self, model, inputs)",
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, "
     "batch_size=None, compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, "
@@ -56,6 +58,13 @@ ATTRIBUTES = (
     "_last_loaded_step",
     "vllm_importance_sampling_correction",
     "_logs",
+    "_tokenize_prompts",
+    "aux_loss_enabled",
+    "loss_type",
+    "num_iterations",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_clip_max",
     "_metrics",
     "reward_func_names",
     "eos_token_ids",
@@ -71,7 +80,8 @@ def test_version():
 
 
 def test_overridden_methods_are_the_listed_ones():
-    ours = {name for name, member in vars(grpo.GRPOTrainer).items() if inspect.isfunction(member)}
+    members = [*vars(grpo.GRPOTrainer).items(), *vars(TrainerOfGroups).items()]
+    ours = {name for name, member in members if inspect.isfunction(member)}
     inherited = {name for name in ours if hasattr(trl.GRPOTrainer, name)} - {"__init__"}
     assert inherited == set(grpo.OVERRIDDEN) == set(SIGNATURES)
 
@@ -84,7 +94,24 @@ def test_signature(name):
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_overrides_call_super(name):
-    assert f"super().{name}(" in inspect.getsource(getattr(grpo.GRPOTrainer, name))
+    assert f"super().{name}" in inspect.getsource(grpo.GRPOTrainer) + inspect.getsource(TrainerOfGroups)
+
+
+def test_the_loss_looks_its_metrics_up_before_it_asks_all_ranks():
+    """What `Tally.instead_of` rests on: `metrics[name].append(f(reduce(...)))`, and `gather` for extremes only."""
+    source = inspect.getsource(trl.GRPOTrainer._compute_loss)
+    assert source.count("self.accelerator.reduce(") == 2  # in global_masked_mean, and of the adaptive entropy
+    assert all(
+        line.strip().startswith("self._metrics[mode][")
+        for line in source.splitlines()
+        if "global_masked_mean(" in line and "def " not in line
+    )
+    gathers = [line.strip() for line in source.splitlines() if "self.accelerator.gather(" in line]
+    assert [line.split(" ")[0] for line in gathers] == [
+        'self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())',
+        "gathered_low_clip",
+        "gathered_high_clip",
+    ]
 
 
 def test_what_makes_trainers_resumable_overrides_what_it_means_to():

@@ -109,7 +109,8 @@ class Pool:
             self._begun.get((name, text, row.get("prompt_id"))) or self.submit(name, text, row)
             for text, row in zip(completions, rows, strict=True)
         ]
-        self._begun = {key: future for key, future in self._begun.items() if key[0] != name}
+        for text, row in zip(completions, rows, strict=True):
+            self._begun.pop((name, text, row.get("prompt_id")), None)
         return [future.result() for future in futures]
 
     def _serve(self) -> None:

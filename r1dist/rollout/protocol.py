@@ -40,6 +40,7 @@ class Rollout:
     """Of each token, under the distribution that it was drawn from."""
     finish_reason: Literal["stop", "length"]
     policy_version: int
+    """The optimizer step whose weights drew it."""
 
 
 class RolloutsLost(Exception):

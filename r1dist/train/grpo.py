@@ -38,14 +38,21 @@ from ..rollout.protocol import Engine, Request, Rollout, RolloutsLost, Sampling,
 from ..rollout.servers.engine import Policy
 from ..rollout.servers.start import connect, start_managed
 from ..rollout.weights.source import WeightSource
+from .backend import EngineBackend
 from .checkpoints import ResumableTrainer
-from .clock import PhaseClock
-from .microbatch import by_length, logprobs_by_length, may_group
+from .loss import TrainerOfGroups
+from .microbatch import regrouped
 from .order import SeededOrder
 from .reference import REFERENCE, link, load_reference, replace_trl_callback
 from .shared import computing_dtype, hardware_defaults, lora_config, run_folder, trl_arguments
 
-OVERRIDDEN = ("_get_train_sampler", "_prepare_inputs", "_calculate_rewards", "_get_per_token_logps_and_entropies")
+OVERRIDDEN = (
+    "_get_train_sampler",
+    "_prepare_inputs",
+    "_calculate_rewards",
+    "_get_per_token_logps_and_entropies",
+    "_compute_loss",
+)
 PROBE_TOKENS = 32
 COLUMNS = {
     "reward": "reward",
@@ -54,49 +61,6 @@ COLUMNS = {
     "tokens": "completions/mean_length",
     "seconds": "step_time",
 }
-
-
-class _EngineBackend:
-    """Stands where TRL keeps its vLLM client, and hands the work to the trainer's engine."""
-
-    def __init__(self, trainer: "GRPOTrainer", engine: Engine):
-        self.trainer = trainer
-        self.engine = engine
-
-    def sync_weights(self) -> None:
-        with self.trainer.clock.phase("sync"):
-            self.engine.sync_weights(self.trainer.state.global_step)
-
-    def generate(self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any) -> tuple:
-        """TRL's order: prompt ids, completion ids, logprobs [B][T][1], and their ids (unused)."""
-        requests = self.trainer.requests(prompts, num_generations)
-        with profiler, self.trainer.clock.phase("generate"):
-            rollouts = self._all_or_none(requests)
-        self.trainer.generated = rollouts
-        completions = [rollout.token_ids for rollout in rollouts]
-        logprobs = [[[logprob] for logprob in rollout.logprobs] for rollout in rollouts]
-        return prompts, completions, logprobs, None
-
-    def _all_or_none(self, requests: list[Request]) -> list[Rollout]:
-        """This rank's rollouts. Where one rank gets none, every rank raises `RolloutsLost`."""
-        taken: dict[int, Rollout] = {}
-        lost = None
-        try:
-            for place, rollout in self.engine.stream(requests, self.trainer.sampling):
-                taken[place] = rollout
-                self.trainer.begin_rewards(place, rollout)
-        except RolloutsLost as error:
-            lost = str(error)
-        self.trainer.note_memory("generate")
-        outcomes = gather_object([(lost, self.engine.metrics())])
-        self.engine.rest()
-        reasons = [reason for reason, _ in outcomes if reason is not None]
-        if reasons:
-            raise RolloutsLost(reasons[0])
-        for name in sorted({name for _, metrics in outcomes for name in metrics}):
-            total = sum(metrics.get(name, 0.0) for _, metrics in outcomes)
-            self.trainer._metrics["train"][name].append(total)
-        return [taken[place] for place in range(len(requests))]
 
 
 class _ClockCallback(TrainerCallback):
@@ -109,22 +73,25 @@ class _ClockCallback(TrainerCallback):
         self.trainer.order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
-        clock = self.trainer.clock
+        trainer, clock = self.trainer, self.trainer.clock
         if clock.running("train"):
             clock.stop("train")
-        self.trainer.note_memory("train")
+        trainer.note_memory("train")
+        for name, value in trainer.tally.settle().items():
+            trainer.note(name, value)
         for phase, seconds in clock.take().items():
-            self.trainer._metrics["train"][f"seconds/{phase}"].append(seconds)
+            trainer.note(f"seconds/{phase}", seconds)
 
 
-class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
+class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
     """`trl.GRPOTrainer` whose completions come from an `Engine`, with traces and a clock by phase.
 
     Args:
         make_engine: Builds the engine from this trainer, once TRL has prepared the model.
+        max_staleness: The YAML's `rollout.max_staleness`.
         rewards: What TRL's `reward_funcs` are made of; verification starts as rollouts arrive.
         traces: Where each rollout is written; None writes none.
-        **kwargs: `trl.GRPOTrainer`'s own arguments.
+        **kwargs: `TrainerOfGroups`'s and `trl.GRPOTrainer`'s own arguments.
     """
 
     def __init__(
@@ -133,15 +100,15 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         make_engine: Callable[["GRPOTrainer"], Engine],
         rewards: Rewards,
         traces: TraceWriter | None,
+        max_staleness: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.rewards = rewards
-        self.clock = PhaseClock()
         self.traces = traces
         self.generated: list[Rollout] | None = None
         self.local_rewards: list[dict[str, float | None]] = []
-        self._generation_rows: list[dict] = []
+        self.generation_rows: list[dict] = []
         self._generated_at: int | None = None  # the micro-step before which the rollouts at hand were made
         self.sampling = Sampling(
             max_tokens=self.max_completion_length,
@@ -153,11 +120,12 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         )
         # From here on TRL takes its path for vLLM, which ends in our backend.
         self.use_vllm = True
-        self.vllm_generation = _EngineBackend(self, make_engine(self))
+        self.vllm_generation = EngineBackend(self, make_engine(self), max_staleness)
         self._last_loaded_step = -1
         if isinstance(self.vllm_generation.engine, InProcessEngine):
             # It samples from the trained module itself: there is nothing to correct.
             self.vllm_importance_sampling_correction = False
+        self.corrects_late = self.corrects_late and self.vllm_importance_sampling_correction
         self.add_callback(_ClockCallback(self))
         replace_trl_callback(self)
 
@@ -165,7 +133,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         """Log the GiB in use on this GPU at the end of `phase`, by all processes: allocators keep their peak."""
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
-            self._metrics["train"][f"memory/{phase}"].append((total - free) / 2**30)
+            self.note(f"memory/{phase}", (total - free) / 2**30)
 
     @torch.no_grad()
     def score(self, tokens: list[int]) -> list[float]:
@@ -177,13 +145,34 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         following = torch.tensor(tokens[1:], device=logits.device)
         return selective_log_softmax(logits.float(), following).tolist()
 
-    def requests(self, prompts: list[list[int]], num_generations: int) -> list[Request]:
+    @property
+    def generation(self) -> int:
+        """The number of the generation that is at hand, from the run's beginning."""
+        return self._step // self.generation_every
+
+    def step_of(self, generation: int) -> int:
+        """The optimizer step at which a generation is due."""
+        return generation * self.generation_every // self.args.gradient_accumulation_steps
+
+    def rows_of(self, generation: int) -> list[dict] | None:
+        """This rank's rows of a generation to come; None after the last."""
+        if self.step_of(generation) >= self.state.max_steps:
+            return None
+        mine = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        indices = self.order.rows_of(generation, mine * self.args.world_size)
+        first = mine * self.args.process_index
+        return [self.train_dataset[i] for i in indices[first : first + mine]]
+
+    def prompt_ids_of(self, rows: list[dict]) -> list[list[int]]:
+        return self._tokenize_prompts([row["prompt"] for row in rows])[0]
+
+    def requests(self, prompts: list[list[int]], rows: list[dict], num_generations: int, step: int) -> list[Request]:
         """What to ask of the engine for this rank's rows, whose groups lie one after another over the ranks."""
         first = self.accelerator.process_index * len(prompts)
         requests = []
-        for offset, (ids, row) in enumerate(zip(prompts, self._generation_rows, strict=True)):
+        for offset, (ids, row) in enumerate(zip(prompts, rows, strict=True)):
             index = (first + offset) % num_generations
-            seed = sample_seed(self.args.seed, self.state.global_step, row["prompt_id"], index)
+            seed = sample_seed(self.args.seed, step, row["prompt_id"], index)
             requests.append(Request(ids, row["prompt_id"], index, seed))
         return requests
 
@@ -229,9 +218,10 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
             # A checkpoint held these rollouts, which nothing was trained on yet.
             self.clock.start("train")
             return self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self._generation_rows = generation_batch
+        self.generation_rows = generation_batch
         self.generated = None
-        with self.clock.phase("prepare"):
+        self.vllm_generation.look()
+        with self.clock.phase("prepare"), self.correcting_late():
             inputs = super()._prepare_inputs(generation_batch)
         if self.model.training:
             if self.generated is not None:
@@ -241,19 +231,20 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
             self.clock.start("train")
         return inputs
 
-    def begin_rewards(self, place: int, rollout: Rollout) -> None:
-        """Let verification start on this rank's rollout `place`, while others are still on their way."""
+    def begin_rewards(self, step: int, row: dict, rollout: Rollout) -> None:
+        """Let verification start on a rollout of `step`, while others are still on their way."""
         self.watchdog.beat()
         text = self.processing_class.decode(rollout.token_ids, skip_special_tokens=True)
-        self.rewards.begin(self.state.global_step, text, self._generation_rows[place])
+        self.rewards.begin(step, text, row)
 
     def _take_up(self, rows: list[dict], inputs: dict) -> dict:
-        """Trace what was just generated, group it by length, and return the first micro-batch."""
+        """Trace what was just generated, group it by length, and return what the first micro-step trains on."""
         if self.traces is not None:
             self.traces.write(self._trace_rows(rows, self.generated))
-        if not may_group(self.args):
+        if not self.groups:
             return inputs
-        self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        accumulated = self.args.gradient_accumulation_steps
+        self._buffered_inputs = regrouped(self._buffered_inputs, accumulated, self.grouping)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -264,7 +255,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
             rows = self.rewards.graded(self.state.global_step, texts_of(completions), rows)
             rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         for name, unscored in zip(self.reward_func_names, rewards.isnan().sum(0).tolist(), strict=True):
-            self._metrics["train"][f"rewards/{name}/unscored"].append(unscored)
+            self.note(f"rewards/{name}/unscored", unscored)
         first = self.accelerator.process_index * len(prompts)
         self.local_rewards = [
             {
@@ -285,22 +276,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         if reasons:
             raise VerifiersBroken(reasons[0])
         for name, count in sum((counts for _, counts in outcomes), Counter()).items():
-            self._metrics["train"][f"verify/{name}"].append(count)
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
-    ):
-        if torch.is_grad_enabled():
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
-            )
-
-        def score(ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
-            return super(GRPOTrainer, self)._get_per_token_logps_and_entropies(model, ids, mask, keep)[0]
-
-        with self.clock.phase("reference" if model is self.ref_model else "old_logprobs"):
-            rows = batch_size or len(input_ids)
-            return logprobs_by_length(score, input_ids, attention_mask, logits_to_keep, rows), None, None
+            self.note(f"verify/{name}", count)
 
     def _trace_rows(self, rows: list[dict], rollouts: list[Rollout]) -> list[TraceRow]:
         first = self.accelerator.process_index * len(rows)
@@ -411,6 +387,8 @@ def build(
         make_engine=make_engine,
         rewards=rewards,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
+        max_staleness=run.rollout.max_staleness,
+        token_budget=run.train.token_budget,
         stall_timeout=run.train.stall_timeout,
         model=model_path(run.model),
         reward_funcs=[
@@ -447,7 +425,7 @@ def _train(run: GRPORun, pool: Pool) -> None:
         except (RolloutsLost, VerifiersBroken) as error:
             raise RunStopped(f"{error}\n{save_before_stopping(trainer)}") from error
         finally:
-            trainer.vllm_generation.engine.close()
+            trainer.vllm_generation.close()
         trainer.save_model()
     # Ranks that end one before the other, their process group still open, abort now and then.
     trainer.accelerator.end_training()

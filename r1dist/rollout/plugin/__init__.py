@@ -7,6 +7,8 @@ import time
 
 OWNER = "R1DIST_SUPERVISOR"
 """Environment variable: the process id that a server must not outlive."""
+NAP = 0.0001
+"""Seconds; a decoding step on a core takes some hundred of them."""
 
 
 def register() -> None:
@@ -15,8 +17,21 @@ def register() -> None:
 
     if "shm" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine("shm", "r1dist.rollout.plugin.files", "FileWeightTransferEngine")
+    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        _wait_asleep()
     if OWNER in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[OWNER]),), name="r1dist-owner", daemon=True).start()
+
+
+def _wait_asleep() -> None:
+    """Let the engine sleep between looks at whether its worker has answered: vLLM's spins for that.
+
+    It takes most of a core, which on CPUs a trainer or another server needs. A GPU's server keeps the spinning: its
+    steps are shorter, and its host has cores to spare.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(NAP)
 
 
 def _end_with(owner: int) -> None:

@@ -141,8 +141,10 @@ class Dispatcher:
                 elif now > hope_until:
                     raise RolloutsLost(self._farewell())
         finally:
-            for task in running:
+            for task, (group, lane) in running.items():
                 task.cancel()
+                lane.in_flight -= len(group.requests)
+                lane.tasks.discard(task)
 
     def _choose(self, version: str, samples: int) -> Lane | None:
         def has_room(lane: Lane) -> bool:

@@ -103,18 +103,21 @@ class ServerEngine:
         self._label, self.version = UNTOUCHED, 0
 
     def stream(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
+        flight = self.depart(requests, sampling)
+        try:
+            yield from flight
+        finally:
+            flight.cancel()
+
+    def depart(self, requests: list[Request], sampling: Sampling) -> "Flight":
+        """`stream` for a caller that has other work in the meantime. Weights must not be synced while it lasts."""
         self._wake()
         finished: queue.SimpleQueue = queue.SimpleQueue()
         self._generating = True
         self._start_keeper()
         producer = asyncio.run_coroutine_threadsafe(self._produce(requests, sampling, finished.put), self._loop)
         producer.add_done_callback(lambda _: finished.put(None))
-        try:
-            while (item := finished.get()) is not None:
-                yield item
-            producer.result()
-        finally:
-            producer.cancel()
+        return Flight(producer, finished)
 
     def rest(self) -> None:
         self._generating = False
@@ -304,6 +307,39 @@ class ServerEngine:
         if lost is not None:
             raise RolloutsLost(lost)
         return value
+
+
+class Flight:
+    """Rollouts on their way, with their places. Iterating waits for them and raises `RolloutsLost`."""
+
+    def __init__(self, producer: Future, finished: queue.SimpleQueue):
+        self._producer = producer
+        self._finished = finished
+        self.landed = False
+        """Whether nothing more will come."""
+
+    def __iter__(self) -> Iterator[tuple[int, Rollout]]:
+        while not self.landed:
+            yield from self._next(block=True)
+        self._producer.result()
+
+    def arrived(self) -> Iterator[tuple[int, Rollout]]:
+        """Those that are there by now; raises nothing."""
+        while not self.landed:
+            try:
+                yield from self._next(block=False)
+            except queue.Empty:
+                return
+
+    def cancel(self) -> None:
+        self._producer.cancel()
+
+    def _next(self, block: bool) -> Iterator[tuple[int, Rollout]]:
+        item = self._finished.get(block)
+        if item is None:
+            self.landed = True
+        else:
+            yield item
 
 
 async def _open_session() -> aiohttp.ClientSession:
