@@ -6,10 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conftest import ROOT, SMALL_GRPO
+
+from r1dist.rollout.servers.endpoints import read
 
 STEPS = 12
 
@@ -49,6 +53,23 @@ RUNS = {
     "pairs": ("reward_model.py", PAIRS, 1),
     "labels": ("reward_model.py", LABELS, 1),
 }
+
+
+@contextmanager
+def served(endpoints: Path, *words: str) -> Iterator[subprocess.Popen]:
+    """`launch/serve.py` with the tiny model, once all of its servers are up; SIGTERM ends it."""
+    command = [sys.executable, "launch/serve.py", "--model.path", "tiny", "--endpoints", str(endpoints)]
+    command += ["--dtype", "float32", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not (endpoints.exists() and all(server.state == "ready" for server in read(endpoints).servers)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "the servers did not come up"
+        time.sleep(0.5)
+    yield process
+    if process.poll() is None:
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 class Zygote:

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 from conftest import ROOT, SMALL_GRPO, write_yaml
+from small_runs import served
 
 from r1dist.rollout.servers.endpoints import Server, read
 
@@ -152,28 +153,64 @@ def test_a_run_outlives_its_servers_deaths(run_of):
     assert all(row["policy_version"] == row["step"] for row in rows)
 
 
-def test_a_killed_run_takes_up_the_rollouts_that_its_checkpoint_holds(run_of):
+@pytest.fixture(scope="module")
+def endpoints(tmp_path_factory):
+    """The endpoints file of a server that outlives the runs."""
+    path = tmp_path_factory.mktemp("serve") / "endpoints.json"
+    with served(path, "--max_model_len", "256"):
+        yield str(path)
+
+
+RESUMED = {"resume": "auto", "save_strategy": "steps", "save_steps": 1, "save_total_limit": 20}
+
+
+def by_name(rows: list[dict]) -> dict[tuple, dict]:
+    return {(row["step"], row["prompt_id"], row["sample_index"]): row for row in rows}
+
+
+def test_a_killed_run_takes_up_the_rollouts_that_its_checkpoint_holds(run_of, endpoints):
     """Two optimizer steps to a generation; killed where the checkpoint of the first is there."""
-    settings = {
-        "resume": "auto",
-        "steps_per_generation": 2,
-        "per_device_train_batch_size": 16,
-        "save_strategy": "steps",
-    }
-    settings |= {"save_steps": 1, "save_total_limit": 20, "max_steps": 8}
-    run = run_of(ONE, 1, **settings)
+    settings = {**RESUMED, "steps_per_generation": 2, "per_device_train_batch_size": 16, "max_steps": 8}
+    run = run_of(ONE, 1, rollout={"servers": endpoints}, **settings)
     run.wait_for((run.folder / "checkpoint-3").exists)
     run.end()
-    before = {(row["step"], row["prompt_id"], row["sample_index"]): row for row in run.trace() if row["step"] < 3}
-    again = run_of(ONE, 1, **settings)
+    before = by_name([row for row in run.trace() if row["step"] < 3])
+    again = run_of(ONE, 1, rollout={"servers": endpoints}, **settings)
     assert again.process.wait(PATIENCE) == 0, again.told()
     rows = again.trace()
-    made = {(row["step"], row["prompt_id"], row["sample_index"]): row for row in rows}
+    made = by_name(rows)
     assert len(rows) == len(made) == 4 * 32 and {row["step"] for row in rows} == {0, 2, 4, 6}
     assert len(before) == 2 * 32 and all(made[key] == row for key, row in before.items())
     assert len({row["prompt_id"] for row in rows}) == 4 * 4
     assert [line["step"] for line in again.metrics()] == list(range(1, 9))
     assert all(line["rollout/logp_diff"] < 0.02 for line in again.metrics() if "rollout/logp_diff" in line)
+
+
+def test_a_run_that_is_a_generation_ahead_loses_and_repeats_nothing(run_of, endpoints):
+    """Two ranks; killed while the next generation is being made; 8 prompts, so an epoch is two steps."""
+    settings = {**RESUMED, "per_device_train_batch_size": 16, "max_steps": 7}
+    settings |= {"data": {"sources": [{"path": "tiny", "limit": 8}], "template": "chat"}}
+    ahead = {"servers": endpoints, "max_staleness": 1}
+    run = run_of(ZERO2, 1, rollout=ahead, **settings)
+    run.wait_for((run.folder / "checkpoint-4").exists)
+    run.end()
+    again = run_of(ZERO2, 1, rollout=ahead, **settings)
+    assert again.process.wait(PATIENCE) == 0, again.told()
+    rows = again.trace()
+    assert len(rows) == len(by_name(rows)) == 7 * 32 and {row["step"] for row in rows} == set(range(7))
+    assert len({row["seed"] for row in rows}) == len(rows)
+    resumed = {row["step"] for row in rows if row["policy_version"] == row["step"]} - {0}
+    assert len(resumed) == 1 and min(resumed) >= 4  # nothing was ahead of where it was taken up
+    assert all(row["policy_version"] == row["step"] - 1 for row in rows if row["step"] not in {0, *resumed})
+    steps = again.metrics()
+    assert [line["step"] for line in steps] == list(range(1, 8))
+    assert [line["rollout/staleness"] for line in steps] == [float(i not in {0, *resumed}) for i in range(7)]
+    assert all(line["rollout/logp_diff"] < 0.02 for line in steps)
+    assert all("seconds/old_logprobs" not in line for line in steps)
+    assert all(0 < line["sampling/importance_sampling_ratio/mean"] < 1.1 for line in steps)
+    for epoch in range(3):  # each epoch has every prompt, in an order of its own
+        prompts = [row["prompt_id"] for row in rows if row["step"] in (2 * epoch, 2 * epoch + 1)]
+        assert len(set(prompts)) == 8 and len(prompts) == 64
 
 
 def test_without_any_server_the_run_is_saved_and_says_why(run_of):

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
@@ -13,7 +11,8 @@ import psutil
 import pytest
 import requests as http
 import torch
-from conftest import ROOT, launch
+from conftest import launch
+from small_runs import served
 from transformers import AutoModelForCausalLM
 
 from r1dist.config import Rollout
@@ -49,20 +48,8 @@ def _belongs(process: psutil.Process, supervisor: str) -> bool:
 def serving(tmp_path_factory):
     """(endpoints file, supervisor) of two servers, stopped by SIGTERM at the end."""
     path = tmp_path_factory.mktemp("serve") / "endpoints.json"
-    words = [
-        sys.executable, "launch/serve.py", "--model.path", "tiny", "--endpoints", str(path), "--replicas", "2",
-        "--dtype", "float32", "--max_model_len", "256", "--max-num-seqs", "64",
-    ]  # fmt: skip
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while not (path.exists() and all(server.state == "ready" for server in read(path).servers)):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, "the servers did not come up"
-        time.sleep(0.5)
-    yield path, process
-    if process.poll() is None:
-        process.terminate()
-        assert process.wait(20) == 0
+    with served(path, "--replicas", "2", "--max_model_len", "256", "--max-num-seqs", "64") as process:
+        yield path, process
 
 
 @pytest.fixture(scope="module")
