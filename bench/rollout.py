@@ -54,14 +54,14 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def random_model(folder: Path, hidden: int = 256) -> Qwen2ForCausalLM:
+def random_model(folder: Path, hidden: int = 256, positions: int = 512) -> Qwen2ForCausalLM:
     """Over the tiny tokenizer's vocabulary, 5M parameters by default; its draws are nearly uniform."""
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=6,
-            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512,
+            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=positions,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip

@@ -1,14 +1,18 @@
-"""A GRPO step beside stock TRL's: `python bench/step.py [--rounds 3] [--steps 4]`.
+"""A GRPO step beside stock TRL's: `python bench/step.py [--rounds 3] [--steps 4] [--only train step overlap growth]`.
 
 `trl.GRPOTrainer` and ours take turns in one run, on the same random model of 5M parameters, prompts, group size,
 seeds and loss. `train_ratio`: the rollouts are given, their lengths log-normal, the mean a quarter of the longest;
 trained tokens per second, ours over theirs. Loss and gradient norm of each step are compared. `step_ratio`: whole
-steps, each with its own in-process generation. Progress goes to stderr, one JSON object to stdout.
+steps, each with its own in-process generation. `overlap_ratio`: whole steps, ours with a vLLM server on one core, a
+generation ahead of the trainer on the other; TRL with its own generation on both. `growth`: ours alone, seconds per
+trained token with 8 times the rollouts, and with rollouts 4 times as long, where what attention takes is measured by
+itself and taken out. Progress goes to stderr, one JSON object to stdout.
 
-Not measured: `overlap_ratio` and `growth`. There is no asynchronous training here yet.
+Not measured: several ranks.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -19,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,16 +32,20 @@ from datasets import Dataset
 from rollout import random_model
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
-from r1dist.config import Verify
+from r1dist.config import Rollout as RolloutSettings
+from r1dist.config import Serve, Verify
 from r1dist.process import set_up_process
 from r1dist.reward_fields import Reward
 from r1dist.rewards import VERIFIERS, Rewards
 from r1dist.rewards.pool import Pool
 from r1dist.rollout.protocol import Request, Rollout
-from r1dist.train.grpo import GRPOTrainer, in_process_engine
+from r1dist.rollout.servers.start import start_managed
+from r1dist.train.grpo import GRPOTrainer, in_process_engine, server_engine
+from r1dist.train.microbatch import partition
 
 PROMPTS, GROUP, MICRO = 8, 8, 8
 LONGEST = 512
+PARTS = ("train", "step", "overlap", "growth")
 ENDS = 6
 """Token ids that end a completion of the random model: a mean of about 60 tokens."""
 
@@ -62,13 +71,13 @@ class Clock(TrainerCallback):
 class Given:
     """The same completions for a prompt, whoever asks: TRL's vLLM client, and our engine, both by this."""
 
-    def __init__(self, prompts: list[list[int]], vocabulary: int):
+    def __init__(self, prompts: list[list[int]], vocabulary: int, longest: int = LONGEST):
         draw = random.Random(0)
         spread = 0.8
-        centre = math.log(LONGEST / 4) - spread**2 / 2
+        centre = math.log(longest / 4) - spread**2 / 2
         self.completions = {
             tuple(prompt): [
-                [draw.randrange(20, vocabulary - 8) for _ in range(max(1, min(LONGEST, round(length))))]
+                [draw.randrange(20, vocabulary - 8) for _ in range(max(1, min(longest, round(length))))]
                 for length in (draw.lognormvariate(centre, spread) for _ in range(GROUP))
             ]
             for prompt in prompts
@@ -119,22 +128,27 @@ class Bench:
         self.pool = pool
         self.steps = steps
         self.path = folder / "model"
-        model = random_model(self.path)
+        model = random_model(self.path, positions=4 * LONGEST + 64)
         self.parameters = sum(p.numel() for p in model.parameters())
         model.generation_config.eos_token_id = list(range(20, 20 + ENDS))
         model.generation_config.save_pretrained(self.path)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        rows = [{"prompt": "".join(chr(97 + (7 * p + k) % 26) for k in range(24 + p)), "prompt_id": p}
-                for p in range(PROMPTS)]  # fmt: skip
-        self.dataset = Dataset.from_list(rows)
-        self.given = Given([self.tokenizer(row["prompt"])["input_ids"] for row in rows], len(self.tokenizer))
+        self.dataset, self.given = self.problem(PROMPTS, LONGEST)
 
-    def arguments(self, longest: int) -> trl.GRPOConfig:
+    def problem(self, prompts: int, longest: int) -> tuple[Dataset, Given]:
+        rows = [
+            {"prompt": "".join(chr(97 + (7 * p + k * (1 + p // 26)) % 26) for k in range(24 + p % 8)), "prompt_id": p}
+            for p in range(prompts)
+        ]
+        ids = [self.tokenizer(row["prompt"])["input_ids"] for row in rows]
+        return Dataset.from_list(rows), Given(ids, len(self.tokenizer), longest)
+
+    def arguments(self, longest: int, prompts: int = PROMPTS) -> trl.GRPOConfig:
         return trl.GRPOConfig(
             output_dir=str(self.folder / "out"), use_cpu=True, bf16=False, report_to="none", logging_steps=1, seed=0,
             save_strategy="no", disable_tqdm=True, max_steps=self.steps, learning_rate=1e-5, loss_type="dapo",
             beta=0.0, num_generations=GROUP, per_device_train_batch_size=MICRO,
-            gradient_accumulation_steps=PROMPTS * GROUP // MICRO, max_completion_length=longest,
+            gradient_accumulation_steps=prompts * GROUP // MICRO, max_completion_length=longest,
             gradient_checkpointing=False, vllm_importance_sampling_correction=False, remove_unused_columns=False,
             dataloader_pin_memory=False,
         )  # fmt: skip
@@ -147,20 +161,47 @@ class Bench:
         return self._timed(trainer)
 
     def ours(self, longest: int, given: bool) -> Clock:
+        def make_engine(trainer):
+            return self.given if given else in_process_engine(PROMPTS * GROUP, trainer)
+
+        return self._ours(make_engine, self.arguments(longest), self.dataset)
+
+    def of_size(self, prompts: int, longest: int) -> tuple[Clock, Given]:
+        dataset, given = self.problem(prompts, longest)
+        return self._ours(lambda _: given, self.arguments(longest, prompts), dataset), given
+
+    def ahead(self, longest: int, rollout: RolloutSettings, servers: Path) -> Clock:
+        """Trainer and server each on a core of their own."""
+        cores = os.sched_getaffinity(0)
+        threads = torch.get_num_threads()
+        os.sched_setaffinity(0, {max(cores)})
+        torch.set_num_threads(1)
+        try:
+            engine = functools.partial(server_engine, rollout, servers, "float32", [20, 21])
+            arguments = self.arguments(longest)
+            arguments.vllm_importance_sampling_correction = True
+            arguments.vllm_importance_sampling_mode = "token_truncate"
+            return self._ours(engine, arguments, self.dataset, max_staleness=rollout.max_staleness)
+        finally:
+            os.sched_setaffinity(0, cores)
+            torch.set_num_threads(threads)
+
+    def _ours(self, make_engine, arguments: trl.GRPOConfig, dataset: Dataset, **settings) -> Clock:
         trainer = GRPOTrainer(
-            make_engine=(lambda _: self.given)
-            if given
-            else lambda trainer: in_process_engine(PROMPTS * GROUP, trainer),
+            make_engine=make_engine,
             rewards=Rewards({"repetition": Reward()}, self.pool),
             traces=None,
             stall_timeout=1800,
             model=str(self.path),
             reward_funcs=[reward],
-            args=self.arguments(longest),
-            train_dataset=self.dataset,
+            args=arguments,
+            train_dataset=dataset,
             processing_class=self.tokenizer,
+            **settings,
         )
-        return self._timed(trainer)
+        clock = self._timed(trainer)
+        trainer.vllm_generation.close()
+        return clock
 
     def _timed(self, trainer) -> Clock:
         clock = Clock()
@@ -171,12 +212,12 @@ class Bench:
         return clock
 
 
-def compare(bench: Bench, rounds: int, longest: int, given: bool) -> dict:
+def compare(bench: Bench, rounds: int, longest: int, given: bool, ours: Callable[[], Clock] | None = None) -> dict:
     """Alternating; the median of the rounds' ratios, and the rates. The first step of each is left out."""
     ratios, rates = [], {"stock": [], "ours": []}
     apart = {"loss": 0.0, "grad_norm": 0.0}
     for number in range(rounds):
-        clocks = {"stock": bench.stock(longest, given), "ours": bench.ours(longest, given)}
+        clocks = {"stock": bench.stock(longest, given), "ours": ours() if ours else bench.ours(longest, given)}
         for name, clock in clocks.items():
             tokens = statistics.fmean(log["completions/mean_length"] for log in clock.logs[1:]) * PROMPTS * GROUP
             rates[name].append(tokens / statistics.median(clock.seconds[1:]))
@@ -187,29 +228,92 @@ def compare(bench: Bench, rounds: int, longest: int, given: bool) -> dict:
                 apart[field] = max(apart[field], *(abs(a[field] - b[field]) / abs(a[field]) for a, b in pairs))
         print(f"round {number + 1}: {rates}", file=sys.stderr)
     found = {"ratio": statistics.median(ratios), "rounds": ratios,
-             "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()}}  # fmt: skip
+             "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
+             "seconds_by_phase": phases(clocks["ours"])}  # fmt: skip
     return found | ({"largest_relative_difference": apart} if given else {})
+
+
+def phases(clock: Clock) -> dict[str, float]:
+    names = {name for log in clock.logs for name in log if name.startswith("seconds/")}
+    return {
+        name.removeprefix("seconds/"): statistics.median(log.get(name, 0.0) for log in clock.logs[1:])
+        for name in sorted(names)
+    }
+
+
+def overlap(bench: Bench, rounds: int) -> dict:
+    serve = Serve(replicas=1, cores=1, dtype="float32", max_model_len=LONGEST)
+    rollout = RolloutSettings(engine="vllm", max_staleness=1, max_logp_diff=1e9, serve=serve)
+    folder = bench.folder / "servers"
+    servers = start_managed(rollout, str(bench.path), "float32", LONGEST, folder, trainers=1)
+    try:
+        return compare(bench, rounds, LONGEST // 2, False, lambda: bench.ahead(LONGEST // 2, rollout, folder))
+    finally:
+        servers.stop()
+
+
+def growth(bench: Bench, rounds: int) -> dict:
+    """Seconds per trained token, prompts included, without attention's; and what they grow by."""
+    sizes = {"small": (PROMPTS, LONGEST), "8 times the rollouts": (8 * PROMPTS, LONGEST),
+             "4 times as long": (PROMPTS, 4 * LONGEST)}  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in sizes}
+    attention: dict[str, list[float]] = {name: [] for name in sizes}
+    for _ in range(rounds):
+        for name, (prompts, longest) in sizes.items():
+            clock, given = bench.of_size(prompts, longest)
+            lengths = [len(prompt) + len(ids) for prompt, group in given.completions.items() for ids in group]
+            trained = statistics.median(log["seconds/train"] for log in clock.logs[1:])
+            inside = attention_seconds(lengths, prompts * GROUP // MICRO)
+            seconds[name].append((trained - inside) / sum(lengths))
+            attention[name].append(inside / trained)
+            print(f"{name}: {1e6 * seconds[name][-1]:.0f} us a token beside attention", file=sys.stderr)
+    small = seconds.pop("small")
+    return {
+        "growth": {name: statistics.median(a / b for a, b in zip(values, small, strict=True))
+                   for name, values in seconds.items()},
+        "attention_share": {name: statistics.median(values) for name, values in attention.items()},
+    }  # fmt: skip
+
+
+def attention_seconds(
+    lengths: list[int], micro_batches: int, layers: int = 6, heads: int = 8, width: int = 32
+) -> float:
+    """Of scaled dot products, forward and backward, in the shapes of the random model's micro-batches."""
+    layers, heads, width = 6, 8, 32
+    total = 0.0
+    for group in partition(lengths, micro_batches, packed=False):
+        longest = max(lengths[i] for i in group)
+        q, k, v = (torch.randn(len(group), heads, longest, width, requires_grad=True) for _ in range(3))
+        mask = torch.ones(len(group), 1, longest, longest, dtype=torch.bool).tril()
+        began = time.perf_counter()
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+        total += time.perf_counter() - began
+    return layers * total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     wish = parser.parse_args()
     set_up_process()
     with tempfile.TemporaryDirectory() as folder, Pool(VERIFIERS, Verify(workers=1)) as pool:
         bench = Bench(Path(folder), pool, wish.steps)
-        train = compare(bench, wish.rounds, LONGEST, given=True)
-        step = compare(bench, wish.rounds, LONGEST // 2, given=False)
+        measure = {
+            "train": lambda: compare(bench, wish.rounds, LONGEST, given=True),
+            "step": lambda: compare(bench, wish.rounds, LONGEST // 2, given=False),
+            "overlap": lambda: overlap(bench, wish.rounds),
+            "growth": lambda: growth(bench, wish.rounds),
+        }
+        parts = {name: measure[name]() for name in wish.only}
     result = {
         "bench": "step",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "parameters": bench.parameters,
         "mean_length": bench.given.tokens / (PROMPTS * GROUP),
-        "train_ratio": train["ratio"],
-        "step_ratio": step["ratio"],
-        "train": train,
-        "step": step,
+        **{f"{name}_ratio": part["ratio"] for name, part in parts.items() if "ratio" in part},
+        **parts,
     }
     print(json.dumps(result, indent=2))
 
