@@ -231,6 +231,8 @@ class TrainRL(Train):
     objective: Literal["paper", "trl"] = "paper"
     """`paper`: the report's GRPO, see `r1dist.objective`. `trl`: TRL's own defaults (DAPO without KL).
     Either way a field that the YAML sets itself wins."""
+    dynamic_sampling: NonNegativeInt = 0
+    """Times at most that groups whose rewards are all alike are replaced by other prompts' (DAPO). 0: never."""
     token_budget: PositiveInt | None = None
     """Most tokens of one forward, padding included. Where a micro-batch has more it is divided. Unset: no bound."""
 

@@ -148,6 +148,12 @@ def check_groups(run: GRPORun) -> None:
             f"With this batch num_generations may be {', '.join(map(str, divisors))}; "
             f"or make the batch a multiple of {group}."
         )
+    if run.train.dynamic_sampling and per_device * steps % group:
+        raise UserError(
+            f"train.dynamic_sampling replaces whole groups on each process, but num_generations {group} does not "
+            f"divide its {per_device * steps} rollouts.\nMake per_device_train_batch_size ({per_device}) times the "
+            f"accumulated steps ({steps}) a multiple of {group}."
+        )
 
 
 def as_tree(run: Any) -> dict:

@@ -22,6 +22,8 @@ SIGNATURES = {
     "_prepare_inputs": "(self, generation_batch: dict[str, torch.Tensor | typing.Any]) "
     "-> dict[str, torch.Tensor | typing.Any]",
     "_compute_loss": "(self, model, inputs)",
+    "_generate_and_score_completions": "(self, inputs: list[dict[str, torch.Tensor | typing.Any]]) "
+    "-> dict[str, torch.Tensor | typing.Any]",
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, "
     "batch_size=None, compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, "

@@ -53,12 +53,13 @@ class EngineBackend:
         step, rows = trainer.state.global_step, trainer.generation_rows
         requests = trainer.requests(prompts, rows, num_generations, step)
         with profiler:
-            if self.max_staleness and trainer.model.training:
+            if self.max_staleness and trainer.model.training and not trainer.resampling:
                 rollouts = self._in_turn(step, rows, requests)
             else:
                 stream = self.engine.stream(requests, trainer.sampling)
                 rollouts = self._all_or_none(_Generation(trainer.generation, step, rows, requests, stream))
-                self.engine.rest()
+                if not self.max_staleness:
+                    self.engine.rest()
         trainer.generated = rollouts
         completions = [rollout.token_ids for rollout in rollouts]
         logprobs = [[[logprob] for logprob in rollout.logprobs] for rollout in rollouts]

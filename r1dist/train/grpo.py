@@ -40,6 +40,7 @@ from ..rollout.servers.start import connect, start_managed
 from ..rollout.weights.source import WeightSource
 from .backend import EngineBackend
 from .checkpoints import ResumableTrainer
+from .dynamic import Resampler
 from .loss import TrainerOfGroups
 from .microbatch import regrouped
 from .order import SeededOrder
@@ -49,6 +50,7 @@ from .shared import computing_dtype, hardware_defaults, lora_config, run_folder,
 OVERRIDDEN = (
     "_get_train_sampler",
     "_prepare_inputs",
+    "_generate_and_score_completions",
     "_calculate_rewards",
     "_get_per_token_logps_and_entropies",
     "_compute_loss",
@@ -89,6 +91,7 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
     Args:
         make_engine: Builds the engine from this trainer, once TRL has prepared the model.
         max_staleness: The YAML's `rollout.max_staleness`.
+        dynamic_sampling: The YAML's `train.dynamic_sampling`.
         rewards: What TRL's `reward_funcs` are made of; verification starts as rollouts arrive.
         traces: Where each rollout is written; None writes none.
         **kwargs: `TrainerOfGroups`'s and `trl.GRPOTrainer`'s own arguments.
@@ -101,11 +104,14 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         rewards: Rewards,
         traces: TraceWriter | None,
         max_staleness: int = 0,
+        dynamic_sampling: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.rewards = rewards
         self.traces = traces
+        self.resampler = Resampler(self, dynamic_sampling) if dynamic_sampling else None
+        self.resampling = False
         self.generated: list[Rollout] | None = None
         self.local_rewards: list[dict[str, float | None]] = []
         self.generation_rows: list[dict] = []
@@ -225,7 +231,7 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
             inputs = super()._prepare_inputs(generation_batch)
         if self.model.training:
             if self.generated is not None:
-                inputs = self._take_up(generation_batch, inputs)
+                inputs = self._take_up(inputs)
                 self._generated_at = self._step
                 self.note_generation()
             self.clock.start("train")
@@ -237,10 +243,29 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         text = self.processing_class.decode(rollout.token_ids, skip_special_tokens=True)
         self.rewards.begin(step, text, row)
 
-    def _take_up(self, rows: list[dict], inputs: dict) -> dict:
-        """Trace what was just generated, group it by length, and return what the first micro-step trains on."""
-        if self.traces is not None:
-            self.traces.write(self._trace_rows(rows, self.generated))
+    def _generate_and_score_completions(self, inputs):
+        scored = self._traced(inputs, super()._generate_and_score_completions(inputs))
+        if self.resampler is None or not self.model.training:
+            return scored
+        theirs = super()._generate_and_score_completions
+
+        def generate(rows: list[dict]) -> dict[str, torch.Tensor]:
+            self.generation_rows = rows
+            return self._traced(rows, theirs(rows))
+
+        self.resampling = True
+        try:
+            return self.resampler.fill(inputs, scored, generate)
+        finally:
+            self.resampling = False
+
+    def _traced(self, rows: list[dict], scored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.traces is not None and self.model.training:
+            self.traces.write(self._trace_rows(rows, self.generated, scored["advantages"].tolist()))
+        return scored
+
+    def _take_up(self, inputs: dict) -> dict:
+        """Group by length what was just generated, and return what the first micro-step trains on."""
         if not self.groups:
             return inputs
         accumulated = self.args.gradient_accumulation_steps
@@ -278,10 +303,7 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         for name, count in sum((counts for _, counts in outcomes), Counter()).items():
             self.note(f"verify/{name}", count)
 
-    def _trace_rows(self, rows: list[dict], rollouts: list[Rollout]) -> list[TraceRow]:
-        first = self.accelerator.process_index * len(rows)
-        # TRL keeps the gathered advantages of the whole generation batch, in its order.
-        advantages = list(self._logs["advantages"])[first : first + len(rows)]
+    def _trace_rows(self, rows: list[dict], rollouts: list[Rollout], advantages: list[float]) -> list[TraceRow]:
         texts = self.processing_class.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
         return [
             TraceRow.of(self.state.global_step, rollout, rewards, advantage, row["problem"], text)
@@ -388,6 +410,7 @@ def build(
         rewards=rewards,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
         max_staleness=run.rollout.max_staleness,
+        dynamic_sampling=run.train.dynamic_sampling,
         token_budget=run.train.token_budget,
         stall_timeout=run.train.stall_timeout,
         model=model_path(run.model),

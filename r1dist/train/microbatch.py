@@ -65,7 +65,8 @@ def regrouped(micro_batches: list[Batch], accumulated: int, grouping: Grouping) 
         bins = max(least, needed)
         mine = partition(lengths, bins, grouping.packed, grouping.token_budget)[grouping.rank :: grouping.ranks]
         whole = {name: value for name, value in step[0].items() if not value.ndim}
-        batches = [{**joined([rows[i] for i in chosen], grouping.pad_id), **whole} for chosen in mine]
+        device = step[0]["completion_ids"].device
+        batches = [{**joined([rows[i] for i in chosen], grouping.pad_id, device), **whole} for chosen in mine]
         shares = [round(i * len(batches) / len(step)) for i in range(len(step) + 1)]
         found += [batches[a:b] for a, b in itertools.pairwise(shares)]
     return found
@@ -141,8 +142,8 @@ def rows_of(batch: Batch) -> list[Batch]:
     ]
 
 
-def joined(rows: list[Batch], pad_id: int) -> Batch:
-    """`rows_of` back in one batch, as wide as its longest prompt and its longest completion."""
+def joined(rows: list[Batch], pad_id: int, device: torch.device | None = None) -> Batch:
+    """`rows_of` back in one batch on `device`, as wide as its longest prompt and its longest completion."""
 
     def column(name: str) -> torch.Tensor:
         values = [row[name] for row in rows]
@@ -151,7 +152,7 @@ def joined(rows: list[Batch], pad_id: int) -> Batch:
         side = "left" if name in PROMPT else "right"
         return pad(values, padding_value=pad_id if name.endswith("_ids") else 0, padding_side=side)
 
-    return {name: column(name) for name in rows[0]}
+    return {name: column(name).to(device) for name in rows[0]}
 
 
 def logprobs_by_length(
