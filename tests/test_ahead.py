@@ -69,6 +69,7 @@ class Trainer:
 
     num_generations = 2
     sampling = None
+    resampling = False
 
     def __init__(self):
         self.generation = 0
