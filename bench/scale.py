@@ -23,6 +23,8 @@ import yaml
 from rollout import random_model
 from step import ENDS
 
+from r1dist.process import set_up_process
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, WARM_UP = 5, 2
 ROLLOUTS = 64
@@ -216,6 +218,7 @@ def check_here() -> dict:
 
 
 def main() -> None:
+    set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no_runs", action="store_true", help="only the table")
     wish = parser.parse_args()
