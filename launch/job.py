@@ -17,7 +17,9 @@ KINDS = ("grpo", "sft", "reward_model", "sample", "pipeline")
 
 
 def main(argv: list[str]) -> None:
-    signal.signal(signal.SIGUSR1, lambda *_: None)  # SLURM's warning must not kill us before or after the work
+    heard: list[int] = []
+    # SLURM's warning may come at any moment, and must not kill us before or after the work.
+    signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     kind, arguments = (argv[0], argv[1:]) if argv else ("", [])
     if kind not in KINDS:
         raise UserError(f"`{kind}` is not something to run; the first word is one of {', '.join(KINDS)}.")
@@ -25,7 +27,7 @@ def main(argv: list[str]) -> None:
     from r1dist.recipe.conduct import Conductor, PipelineJob
 
     pipeline = kind == "pipeline"
-    work = PipelineJob(arguments, RECIPE) if pipeline else Conductor(kind, arguments, Cluster.here())
+    work = PipelineJob(arguments, RECIPE, heard) if pipeline else Conductor(kind, arguments, Cluster.here(), heard)
     if work.run.dry_run:
         print(work.plan())
         return
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> None:
         work.go()
     except RunStopped as stopped:
         # SLURM's warning that the time is nearly over; somebody who cancels does not want it back.
-        if stopped.code == EXIT_INTERRUPTED and signal.SIGUSR1 in work.asked and "SLURM_JOB_ID" in os.environ:
+        if stopped.code == EXIT_INTERRUPTED and signal.SIGUSR1 in heard and "SLURM_JOB_ID" in os.environ:
             print(f"requeued: {stopped}", flush=True)
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
         raise

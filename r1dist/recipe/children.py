@@ -29,16 +29,26 @@ def forget(folder: Path) -> None:
 
 
 @contextmanager
-def handing_on(name: str, process: subprocess.Popen, folder: Path | None) -> Iterator[list[int]]:
-    """Ask `process` to stop when we are asked to; yields the signals that came.
+def handing_on(
+    name: str, process: subprocess.Popen, folder: Path | None, came: list[int] | None = None
+) -> Iterator[list[int]]:
+    """Ask `process` to stop when we are asked to; yields the signals that came, after those of `came`.
 
     A second one, not the first one's echo, ends us at once.
 
     A training is asked by a file in its `folder`: launchers stand between, and they do not hand on every signal.
     Without a folder it is sent SIGTERM.
     """
-    came: list[int] = []
+    came = [] if came is None else came
     when = 0.0
+
+    def hand_on() -> None:
+        print(f"{signal.Signals(came[0]).name}: waiting for `{name}` to save and stop.", flush=True)
+        if folder is None:
+            process.terminate()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STOP).touch()
 
     def hear(number: int, frame) -> None:
         nonlocal when
@@ -48,15 +58,13 @@ def handing_on(name: str, process: subprocess.Popen, folder: Path | None) -> Ite
         when = time.monotonic()
         if len(came) > 1:
             os._exit(128 + number)  # the kernel ends the child with us
-        print(f"{signal.Signals(number).name}: waiting for `{name}` to save and stop.", flush=True)
-        if folder is None:
-            process.terminate()
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / STOP).touch()
+        hand_on()
 
     before = {number: signal.signal(number, hear) for number in SIGNALS}
     try:
+        if came:
+            when = when or time.monotonic()
+            hand_on()
         yield came
     finally:
         for number, handler in before.items():

@@ -7,6 +7,7 @@ nodes must share the run's folder.
 import dataclasses
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -39,16 +40,19 @@ SHARD = 64  # prompts that a node claims at a time, where the YAML says nothing
 SERVER_STARTS = 3
 """A node's servers look after themselves; if what looks after them ends, it is started this often."""
 TICK = 0.5
+NOT_BEGUN = "the work had not begun. The same command begins it."
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Conductor:
     """One run of `kind` (`grpo`, `sft`, `reward_model`, `sample`) with the launcher's `arguments`.
 
+    `asked` grows by the signals that ask to stop; it is looked at before the work begins, and while servers come up.
+
     Raises `UserError` for a placement that cannot be.
     """
 
-    def __init__(self, kind: str, arguments: list[str], cluster: Cluster):
+    def __init__(self, kind: str, arguments: list[str], cluster: Cluster, asked: list[int]):
         self.kind = KINDS[kind]
         self.name = kind
         self.arguments = arguments
@@ -63,7 +67,7 @@ class Conductor:
         if self.kind.trains and machines.gpus and not torch.cuda.is_available():  # planned from a machine without
             self.run.trl.setdefault("bf16", True)
         self.placement = place(machines, load_of(self.run), wishes)
-        self.asked: list[int] = []
+        self.asked = asked
         self._before: dict[Path, int] = {}
 
     def plan(self) -> str:
@@ -89,11 +93,12 @@ class Conductor:
             forget(self.folder)
         self._before = {path: path.stat().st_size for path in self.logs.glob("*.log")}
         with self._servers() as servers:
+            go_on(self.asked)
             log = self.logs / f"{self.name}.log"
             asked_by_file = self.folder if self.kind.trains else None
             with (
                 _started(self._work(free_port()), log) as work,
-                handing_on(self.name, work, asked_by_file) as self.asked,
+                handing_on(self.name, work, asked_by_file, self.asked),
             ):
                 while work.poll() is None:
                     for server in servers:
@@ -134,6 +139,7 @@ class Conductor:
         try:
             deadline = time.monotonic() + self.run.rollout.serve.start_timeout
             while not all([server.healthy() for server in servers]):
+                go_on(self.asked)
                 for server in servers:
                     server.look()
                 if time.monotonic() > deadline:
@@ -217,21 +223,30 @@ class Conductor:
 class PipelineJob:
     """`launch/pipeline.py` inside a job: its stages are conducted one after another over the job's nodes."""
 
-    def __init__(self, arguments: list[str], default: Path):
+    def __init__(self, arguments: list[str], default: Path, asked: list[int]):
         self.run = parse(PipelineRun, arguments, default)
         self.command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *arguments, "--launcher", "job"]
-        self.asked: list[int] = []
+        self.asked = asked
 
     def plan(self) -> str:
         return subprocess.run(self.command, check=True, capture_output=True, text=True).stdout
 
     def go(self) -> None:
         """Raises `StageFailed` with the pipeline's exit code; it has said itself why."""
+        go_on(self.asked)
         process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
-        with handing_on("pipeline", process, None) as self.asked:
+        with handing_on("pipeline", process, None, self.asked):
             code = process.wait()
+        if code == -signal.SIGTERM and self.asked:  # before it could hear us
+            raise Interrupted(NOT_BEGUN)
         if code:
             raise StageFailed(f"the pipeline ended with exit code {code}, for the reason above.", code)
+
+
+def go_on(asked: list[int]) -> None:
+    """Raises `Interrupted` if the work is not to begin."""
+    if asked:
+        raise Interrupted(f"{signal.Signals(asked[0]).name}: {NOT_BEGUN}")
 
 
 class NodeServers:
