@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
+from machines import until
 from verifiers import VERIFIERS
 
 from r1dist.config import Reward, Verify
@@ -52,6 +53,21 @@ def test_a_bad_item_is_worth_nothing_and_costs_its_own_limit(obedient, order):
     assert obedient.counts["overran"] >= 2
 
 
+def test_a_spare_is_there_before_a_worker_is_given_up_and_nobody_misses_one_that_was_killed():
+    with Pool(VERIFIERS, Verify(workers=1, seconds=4)) as pool:
+        for kill in (False, True):
+            assert pool.scores("obey", ["fine"], [{}]) == [1.0]
+            known = set(workers_of_this_process())
+            slow = pool.submit("obey", "sleep", {})
+            until(lambda known=known: set(workers_of_this_process()) - known, 60, "a spare")
+            assert pool.counts["overran"] == kill
+            if kill:
+                (set(workers_of_this_process()) - known).pop().kill()
+            assert slow.result(60) == 0.0
+        assert pool.counts["overran"] == 2 and not pool.counts["broken"]
+    assert not set(workers_of_this_process()) - known
+
+
 def test_the_others_go_on_beside_it(obedient):
     slow = obedient.submit("obey", "sleep", {})
     began = time.monotonic()
@@ -73,8 +89,7 @@ def test_workers_killed_at_random_change_no_score():
 
     def kill():
         while not over.wait(rng.uniform(0.02, 0.2)):
-            workers = [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
-            if workers:
+            if workers := workers_of_this_process():
                 rng.choice(workers).kill()
                 killed.append(1)
 
@@ -88,6 +103,10 @@ def test_workers_killed_at_random_change_no_score():
             killer.join()
         assert pool.counts["died"] > 2
     assert len(killed) > 3 and found == [expected] * 3
+
+
+def workers_of_this_process() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
 
 
 def is_worker(process: psutil.Process) -> bool:

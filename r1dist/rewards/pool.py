@@ -161,52 +161,80 @@ class Pool:
 
 
 class _Worker:
-    """A process that is started anew whenever it is gone."""
+    """A process, and another in its place whenever it is gone."""
 
     def __init__(self, context: Any, verifiers: dict[str, Verifier], limits: Verify):
-        self._context = context
-        self._arguments = (verifiers, limits)
-        self._process: Any = None
-        self._pipe: Connection | None = None
+        self._arguments = (context, verifiers, limits)
+        self._process: _Process | None = None
+        self._spare: _Process | None = None
 
     def ask(self, name: str, completion: str, row: dict, seconds: float) -> float | None:
         """The verifier's score. Raises `Died`, `Overran`, `VerifiersBroken`, or what the verifier raised."""
         if self._process is None:
-            self._start()
+            self._process = self._up()
         try:
-            self._pipe.send((name, completion, row))
-            if not self._pipe.poll(seconds):
-                self.end()
+            self._process.pipe.send((name, completion, row))
+            if not self._answers(seconds):
+                self._drop()
                 raise Overran
-            score, error = self._pipe.recv()
+            score, error = self._process.pipe.recv()
         except (EOFError, OSError) as gone:
-            self.end()
+            self._drop()
             raise Died from gone
         if isinstance(error, Overran):
-            self.end()  # what is left of its memory is of no use
+            self._drop()  # what is left of its memory is of no use
         if error is not None:
             raise error
         return score
 
     def end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = None
+        for process in (self._process, self._spare):
+            if process is not None:
+                process.end()
+        self._process = self._spare = None
 
-    def _start(self) -> None:
-        self._pipe, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+    def _answers(self, seconds: float) -> bool:
+        """Whether an answer comes in time. What has taken half of it mostly takes all: a spare begins to come up."""
+        began = time.monotonic()
+        if self._process.pipe.poll(seconds / 2):
+            return True
+        self._spare = self._spare or _Process(*self._arguments)
+        return self._process.pipe.poll(max(0.0, began + seconds - time.monotonic()))
+
+    def _drop(self) -> None:
+        self._process.end()
+        self._process = None
+
+    def _up(self) -> "_Process":
+        spare, self._spare = self._spare, None  # which may have been killed while it waited
+        for process in (spare, None):
+            process = process or _Process(*self._arguments)
+            if process.ready():
+                return process
+            process.end()
+        raise VerifiersBroken("a verifier's worker process does not start; see what it wrote above.")
+
+
+class _Process:
+    """A worker process that is coming up, or is up, and our end of its pipe."""
+
+    def __init__(self, context: Any, verifiers: dict[str, Verifier], limits: Verify):
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, verifiers, limits), daemon=True)
         self._process.start()
         theirs.close()
+
+    def ready(self) -> bool:
+        """Waits for it to be up; whether it is."""
         try:
-            ready = self._pipe.poll(START_SECONDS) and self._pipe.recv()
+            return self.pipe.poll(START_SECONDS) and self.pipe.recv()
         except (EOFError, OSError):
-            ready = False
-        if not ready:
-            self.end()
-            raise VerifiersBroken("a verifier's worker process does not start; see what it wrote above.")
+            return False
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
 
 
 def _work(pipe: Connection, verifiers: dict[str, Verifier], limits: Verify) -> None:
