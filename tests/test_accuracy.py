@@ -64,3 +64,11 @@ def test_what_is_graded(completion, graded):
     assert final_answer(completion) == graded
     assert accuracy(completion, {"answer": "7"}) == float(graded == "7")
     assert accuracy(completion, {"answer": "5"}) == 0.0
+
+
+def test_a_moment_in_which_the_machine_stands_still_makes_no_answer_wrong(monkeypatch):
+    def ring(seconds):
+        raise TimeoutError  # as if each of math-verify's alarms had gone off
+
+    monkeypatch.setattr("signal.alarm", ring)
+    assert accuracy("<answer>\\frac{24690}{14}</answer>", {"answer": "12345/7"}) == 1
