@@ -224,6 +224,20 @@ def test_a_steps_loss_and_gradient_are_the_same(loss_type, beta, masked, trainer
         assert (gradient - expected).norm() < 1e-5 * expected.norm() and expected.norm() > 1e-3
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_all_ranks_are_given_the_texts_only_where_a_table_shows_them(shown, trainer_of, monkeypatch):
+    trainer = trainer_of(loss_type="dapo", beta=0.0)
+    handed = []
+    monkeypatch.setattr("trl.trainer.grpo_trainer.gather_object", lambda values: handed.extend(values) or values)
+    monkeypatch.setattr(trainer, "log_completions", shown)
+    trainer.model.train()
+    rows = [trainer.train_dataset[0]] * SMALL_GRPO["num_generations"]
+    trainer.generation_rows = rows
+    scored = trainer._generate_and_score_completions(rows)
+    assert len(scored["completion_ids"]) == len(rows)
+    assert bool(handed) == shown
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_the_importance_ratio_of_the_forward_itself_is_trls(loss_type, mode, trainer_of, scored):

@@ -60,6 +60,7 @@ ATTRIBUTES = (
     "_last_loaded_step",
     "vllm_importance_sampling_correction",
     "_logs",
+    "log_completions",
     "_tokenize_prompts",
     "aux_loss_enabled",
     "loss_type",
@@ -113,6 +114,19 @@ def test_the_loss_looks_its_metrics_up_before_it_asks_all_ranks():
         'self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())',
         "gathered_low_clip",
         "gathered_high_clip",
+    ]
+
+
+def test_what_all_ranks_are_given_of_a_generation_is_what_the_table_of_completions_shows():
+    """What `texts_gathered` leaves out: it gathers for `_logs` alone, or what we never use."""
+    source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
+    assert [line.strip() for line in source.splitlines() if "gather_object(" in line] == [
+        'self._logs["prompt"].extend(gather_object(prompts))',
+        'self._logs["completion"].extend(gather_object(completions))',
+        "for column in sorted(set(gather_object(list(self._pending_extra_logs)))):",
+        'self._logs["extra"][column].extend(gather_object(values))',
+        "for name in sorted(set(gather_object(list(self._pending_metrics)))):",
+        'self._logs["images"].extend(gather_object(images))',
     ]
 
 

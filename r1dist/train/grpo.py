@@ -46,6 +46,7 @@ from .microbatch import regrouped
 from .order import SeededOrder
 from .reference import REFERENCE, link, load_reference, replace_trl_callback
 from .shared import computing_dtype, hardware_defaults, lora_config, run_folder, trl_arguments
+from .tally import texts_gathered
 
 OVERRIDDEN = (
     "_get_train_sampler",
@@ -244,14 +245,16 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         self.rewards.begin(step, text, row)
 
     def _generate_and_score_completions(self, inputs):
-        scored = self._traced(inputs, super()._generate_and_score_completions(inputs))
+        with texts_gathered(self.log_completions):
+            scored = self._traced(inputs, super()._generate_and_score_completions(inputs))
         if self.resampler is None or not self.model.training:
             return scored
         theirs = super()._generate_and_score_completions
 
         def generate(rows: list[dict]) -> dict[str, torch.Tensor]:
             self.generation_rows = rows
-            return self._traced(rows, theirs(rows))
+            with texts_gathered(self.log_completions):
+                return self._traced(rows, theirs(rows))
 
         self.resampling = True
         try:

@@ -1,7 +1,7 @@
 """What ranks log of a step, brought together once.
 
 TRL's loss asks all ranks for each of its metrics, for each micro-batch, and waits. Here each rank keeps its own sums
-until the optimizer step is over.
+until the optimizer step is over. TRL also hands all prompts and completions to every rank, wanted or not.
 """
 
 from collections import defaultdict
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from trl.trainer import grpo_trainer
 
 LOWEST, HIGHEST = ("_min", "/min"), ("_max", "/max")
 """How the name of a metric ends that is an extreme. All others are means."""
@@ -69,6 +70,17 @@ class Tally:
         for name, values in kept.items():
             if name not in kept.summed:
                 self.values[name] += values
+
+
+@contextmanager
+def texts_gathered(wanted: bool) -> Iterator[None]:
+    """Within, TRL gathers prompts and completions only if they are `wanted`: its `log_completions` reads them."""
+    theirs = grpo_trainer.gather_object
+    grpo_trainer.gather_object = theirs if wanted else list
+    try:
+        yield
+    finally:
+        grpo_trainer.gather_object = theirs
 
 
 class _Names(defaultdict):
