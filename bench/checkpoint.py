@@ -2,13 +2,11 @@
 
 A 50M model of Qwen2.5's class with AdamW's state, float32. TRL's own trainer and ours save it in turn, in one run;
 of ours, how long training waits and when the checkpoint is whole. Then how long it takes to check every byte of it.
-One JSON object to stdout.
+Prints JSON as its last line.
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -18,6 +16,7 @@ from pathlib import Path
 import torch
 import trl
 from datasets import Dataset
+from result import aim, show
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.process import set_up_process
@@ -51,19 +50,17 @@ def main() -> None:
     parameters = sum(p.numel() for p in ours.model.parameters())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [ours / theirs for ours, theirs in zip(seconds["waited"], seconds["trl"], strict=True)]
-    result = {
-        "bench": "checkpoint",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "parameters": parameters,
-        "bytes_per_parameter": round(size / parameters, 2),
-        "rounds": rounds,
-        "seconds": {name: round(value, 3) for name, value in medians.items()},
-        "seconds_to_check": round(checked, 3),
-        "step_seconds": round(step, 3),
-        "share_of_a_step": round(medians["waited"] / step, 3),
-        "save_ratio": {"value": round(statistics.median(ratios), 3), "aim": 1.1, "better": "lower"},
-    }
-    print(json.dumps(result, indent=2))
+    show(
+        "checkpoint",
+        {"save_ratio": aim(ratios, 1.1, "lower")},
+        parameters=parameters,
+        bytes_per_parameter=size / parameters,
+        rounds=rounds,
+        seconds=medians,
+        seconds_to_check=checked,
+        step_seconds=step,
+        share_of_a_step=medians["waited"] / step,
+    )
 
 
 def prepared(kind: type, folder: Path) -> trl.SFTTrainer:

@@ -2,13 +2,11 @@
 
 Runs its stages in a fresh folder and reports its minutes, the peak memory of all its processes
 together, the gain in greedy accuracy, and the seconds per phase of an RL step from the trainer's own clock.
-Alternates nothing: there is one variant. Progress goes to stderr, one JSON object to stdout.
+Alternates nothing: there is one variant. Progress goes to stderr; the last line on stdout is JSON.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
+from result import aim, show
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = "configs/recipes/tiny/pipeline.yaml"
@@ -27,7 +26,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     with tempfile.TemporaryDirectory() as folder:
-        refusal = statistics.median(refusal_seconds(Path(folder)) for _ in range(3))
+        refusals = [refusal_seconds(Path(folder)) for _ in range(3)]
         output = Path(folder) / "run"
         command = ["launch/pipeline.py", "--config", PIPELINE, "--until", "r1_zero"]
         command += ["--seed", str(seed), "--output_dir", str(output)]
@@ -35,24 +34,13 @@ def main() -> None:
         summary = json.loads((output / "summary.json").read_text())
         steps = [json.loads(line) for line in (output / "r1_zero" / "metrics.jsonl").read_text().splitlines()]
     base, r1_zero = (stage["eval"] for stage in summary["stages"])
-    result = {
-        "bench": "first_run",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "aims": {
-            "demo_minutes": {"value": round(minutes, 2), "aim": 8, "better": "lower"},
-            "peak_gib": {"value": round(peak / 2**30, 2), "aim": 4, "better": "lower"},
-            "refusal_seconds": {"value": round(refusal, 2), "aim": 2, "better": "lower"},
-            "gain_points": {
-                "value": round(100 * (r1_zero["accuracy"] - base["accuracy"]), 1),
-                "aim": 60,
-                "better": "higher",
-            },
-        },
-        "seconds_per_step": phase_medians(steps),
-        "steps": len(steps) - 1,
-        "stages": summary["stages"],
+    aims = {
+        "demo_minutes": aim(minutes, 8, "lower"),
+        "peak_gib": aim(peak / 2**30, 4, "lower"),
+        "refusal_seconds": aim(refusals, 2, "lower"),
+        "gain_points": aim(100 * (r1_zero["accuracy"] - base["accuracy"]), 60, "higher"),
     }
-    print(json.dumps(result))
+    show("first_run", aims, seconds_per_step=phase_medians(steps), steps=len(steps) - 1, stages=summary["stages"])
 
 
 def refusal_seconds(folder: Path) -> float:

@@ -1,7 +1,7 @@
 """Answers verified per second by the pool, against math-verify in a plain loop.
 
-`python bench/rewards.py [--rounds 3]` needs GSM8K beside the checkout (shared/data/gsm8k). Prints JSON. The ratios
-alternate within one run; both sides verify the same answers against the same gold ones.
+`python bench/rewards.py [--rounds 3]` needs GSM8K beside the checkout (shared/data/gsm8k). Prints JSON as its last
+line. The ratios alternate within one run; both sides verify the same answers against the same gold ones.
 
 `stuck_limits`: what answers that no check recognises and that never end cost, in limits, beyond 1.2 times the clean
 time.
@@ -12,11 +12,8 @@ Simplified: a hostile answer costs the loop at most math-verify's own clocks, of
 
 import argparse
 import functools
-import json
 import logging
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from math_verify import parse, verify
+from result import aim, show
 
 from r1dist.config import Verify
 from r1dist.data.formats import gold_answer
@@ -68,30 +66,24 @@ def main() -> None:
         with Pool({"accuracy": accuracy_or_stuck}, Verify(workers=WORKERS, seconds=LIMIT)) as pool:
             by_pool(pool, ["1"] * 64, ["2"] * 64)
             took = timed(functools.partial(by_pool, pool), stuck, golds)
-            over.append(round((took - 1.2 * seconds["pool"][-1]) / LIMIT, 2))
+            over.append((took - 1.2 * seconds["pool"][-1]) / LIMIT)
             print({how: round(values[-1], 2) for how, values in seconds.items() if values}, file=sys.stderr)
-    result = {
-        "bench": "rewards",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "answers": ANSWERS,
-        "hostile": sum(one is not other for one, other in zip(clean, mixed, strict=True)),
-        "clean_ratio": ratio(seconds["loop"], seconds["pool"], 1.6),
-        "hostile_ratio": ratio(seconds["loop hostile"], seconds["pool hostile"], 8),
-        "stuck_limits": {
-            "value": statistics.median(over),
-            "all": over,
-            "aim": math.ceil(stuck.count(STUCK) / WORKERS),
-            "better": "lower",
-        },
-        "sandbox_per_core": {"value": round(sandboxed_per_second(), 1), "aim": 20, "better": "higher"},
-        "answers_per_second": {name: round(ANSWERS / statistics.median(s)) for name, s in seconds.items()},
+    ratios = {
+        kind: [loop / pool for loop, pool in zip(seconds[f"loop{kind}"], seconds[f"pool{kind}"], strict=True)]
+        for kind in ("", " hostile")
     }
-    print(json.dumps(result, indent=2))
-
-
-def ratio(theirs: list[float], ours: list[float], aim: float) -> dict:
-    ratios = [round(loop / pool, 2) for loop, pool in zip(theirs, ours, strict=True)]
-    return {"value": statistics.median(ratios), "all": ratios, "aim": aim, "better": "higher"}
+    show(
+        "rewards",
+        {
+            "clean_ratio": aim(ratios[""], 1.6, "higher"),
+            "hostile_ratio": aim(ratios[" hostile"], 8, "higher"),
+            "stuck_limits": aim(over, math.ceil(stuck.count(STUCK) / WORKERS), "lower"),
+            "sandbox_per_core": aim(sandboxed_per_second(), 20, "higher"),
+        },
+        answers=ANSWERS,
+        hostile=sum(one is not other for one, other in zip(clean, mixed, strict=True)),
+        answers_per_second={name: ANSWERS / statistics.median(values) for name, values in seconds.items()},
+    )
 
 
 def timed(verified: Callable, texts: list[str], golds: list[str]) -> float:

@@ -3,13 +3,11 @@
 One server behind our engine and one `vllm.LLM`, both with the same random model of 5M parameters, alternate on
 the same prompts, seeds and lengths: all of 64 tokens, and skewed (geometric, a mean of about a quarter of the
 maximum). Then 2,048 samples are asked of a server that answers at once: what is left is our own overhead, and
-200 such steps show whether memory grows. Progress goes to stderr, one JSON object to stdout.
+200 such steps show whether memory grows. Progress goes to stderr; the last line on stdout is JSON.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from result import aim, show
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
@@ -44,14 +43,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = random_model(folder / "model")
-        result = {
-            "bench": "rollout",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "parameters": sum(p.numel() for p in model.parameters()),
-            **throughput(folder, model, rounds),
-        }
-        result |= overhead(folder, model, result["engine_tokens_per_second"])
-    print(json.dumps(result, indent=2))
+        aims, found = throughput(folder, model, rounds)
+        share, client = overhead(folder, model, found["engine_tokens_per_second"])
+    parameters = sum(p.numel() for p in model.parameters())
+    show("rollout", aims | {"client_overhead": aim(share, 0.05, "lower")}, parameters=parameters, **found, **client)
 
 
 def random_model(folder: Path, hidden: int = 256, positions: int = 512) -> Qwen2ForCausalLM:
@@ -83,7 +78,8 @@ def engine_over(rollout: Rollout, model, folder: Path, stops: list[int]) -> Serv
     return connect(rollout, folder / "servers", WeightSource(model, torch.float32), policy, world_size=1)
 
 
-def throughput(folder: Path, model, rounds: int) -> dict:
+def throughput(folder: Path, model, rounds: int) -> tuple[dict, dict]:
+    """The aims, and what else is to be told of them."""
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # stdout is for the result
     from vllm import LLM, SamplingParams
 
@@ -93,7 +89,7 @@ def throughput(folder: Path, model, rounds: int) -> dict:
         str(folder / "model"), dtype="float32", enforce_eager=True, max_model_len=512, max_logprobs=-1,
         kv_cache_memory_bytes=2**30, logprobs_mode="processed_logprobs", enable_chunked_prefill=False,
     )  # fmt: skip
-    found, speeds = {}, {}
+    aims, speeds, means = {}, {}, {}
     try:
         for metric, (most, ends) in LENGTHS.items():
             stops = list(range(300, 300 + ends))
@@ -119,16 +115,16 @@ def throughput(folder: Path, model, rounds: int) -> dict:
                 print(f"{metric} {step}: {ours[-1]:.0f} against {theirs[-1]:.0f} tokens/s", file=sys.stderr)
             engine.close()
             ratios = [a / b for a, b in zip(ours[1:], theirs[1:], strict=True)]  # the first round warms up
-            found[metric] = {"value": round(statistics.median(ratios), 3), "all": [round(r, 3) for r in ratios]}
-            found[metric] |= {"aim": 0.9, "better": "higher", "mean_length": round(statistics.fmean(lengths), 1)}
+            aims[metric] = aim(ratios, 0.9, "higher")
+            means[metric] = statistics.fmean(lengths)
             speeds[metric] = statistics.median(ours[1:])
     finally:
         servers.stop()
-    return {**found, "engine_tokens_per_second": round(speeds["throughput_ratio"])}
+    return aims, {"mean_length": means, "engine_tokens_per_second": speeds["throughput_ratio"]}
 
 
-def overhead(folder: Path, model, speed: float) -> dict:
-    """Seconds of ours for 2,048 samples of 64 tokens, against what a server needs for them at `speed`."""
+def overhead(folder: Path, model, speed: float) -> tuple[float, dict]:
+    """Seconds of ours for 2,048 samples of 64 tokens, as a share of what a server needs for them at `speed`."""
     serve_stub = "import sys, time; sys.path.insert(0, 'tests'); from stub_server import StubServer; "
     serve_stub += "print(StubServer(tokens=64).url, flush=True); time.sleep(3600)"
     stub = subprocess.Popen([sys.executable, "-c", serve_stub], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -150,15 +146,12 @@ def overhead(folder: Path, model, speed: float) -> dict:
     finally:
         stub.kill()
     generation = OVERHEAD_SAMPLES * 64 / speed
-    return {
-        "client_overhead": {
-            "value": round(statistics.median(cpu) / generation, 4), "aim": 0.05, "better": "lower",
-            "client_cpu_seconds": round(statistics.median(cpu), 3),
-            "with_the_stubs_own_seconds": round(statistics.median(seconds), 3),
-            "generation_seconds": round(generation, 1),
-        },
-        "memory_mib": {"after_20": round(memory[19], 1), "after_200": round(memory[-1], 1)},
-    }  # fmt: skip
+    return statistics.median(cpu) / generation, {
+        "client_cpu_seconds": statistics.median(cpu),
+        "with_the_stubs_own_seconds": statistics.median(seconds),
+        "generation_seconds": generation,
+        "memory_mib": {"after_20": memory[19], "after_200": memory[-1]},
+    }
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 One vLLM server with the embedded base model, the same prompts, seeds and bounds, alternating in one run: the
 engine's own tokens per second, and those of `launch/sample.py`'s loop, which also verifies every sample and
-writes it to the journal. Progress goes to stderr, one JSON object to stdout.
+writes it to the journal. Progress goes to stderr; the last line on stdout is JSON.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from result import aim, show
 
 from r1dist.config import Data, Model, Prompting, Rollout, SampleRun, Source, Way
 from r1dist.config import Sampling as SamplingSettings
@@ -66,19 +65,9 @@ def main() -> None:
             )
             print({key: round(values[-1]) for key, values in rates.items()}, file=sys.stderr)
     ratios = [ours / engines for ours, engines in zip(rates["sampling"], rates["engine"], strict=True)]
-    result = {
-        "bench": "sample",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "samples": len(requests),
-        "throughput_ratio": {
-            "value": round(statistics.median(ratios), 3),
-            "all": [round(ratio, 3) for ratio in ratios],
-            "aim": 0.9,
-            "better": "higher",
-        },
-        "tokens_per_second": {key: round(statistics.median(values)) for key, values in rates.items()},
-    }
-    print(json.dumps(result, indent=2))
+    speeds = {key: statistics.median(values) for key, values in rates.items()}
+    aims = {"throughput_ratio": aim(ratios, 0.9, "higher")}
+    show("sample", aims, samples=len(requests), tokens_per_second=speeds)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@
 of a sync, of a reward) are measured here on two cores with a random model of 30M parameters: they are fitted to
 two runs with one trainer and one server, and then predict runs with two of either; `prediction_error` is the
 largest miss. For GPUs the parts are assumptions, printed with the result, and nothing of that table has run.
-Progress goes to stderr, one JSON object to stdout.
+Progress goes to stderr; the last line on stdout is JSON.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
+from result import aim, show
 from rollout import random_model
 from step import ENDS
 
@@ -214,7 +214,7 @@ def check_here() -> dict:
         predicted = step_seconds(parts, load, trainers, servers)["step"]
         rows.append({"trainers": trainers, "servers": servers, "predicted": predicted, "measured": run["step"],
                      "error": abs(predicted / run["step"] - 1)})  # fmt: skip
-    return {"parts": asdict(parts), "runs": rows, "prediction_error": max(row["error"] for row in rows)}
+    return {"parts": asdict(parts), "runs": rows}
 
 
 def main() -> None:
@@ -223,24 +223,23 @@ def main() -> None:
     parser.add_argument("--no_runs", action="store_true", help="only the table")
     wish = parser.parse_args()
     counts = [2**power for power in range(11)]
-    result = {
-        "bench": "scale",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "on_paper": {"chip": CHIP, "load": asdict(PAPER_LOAD), "best": {}},
-    }
+    best = {}
     for model in MODELS:
         splits = {gpus: best_split(model, gpus) for gpus in counts}
-        result["on_paper"]["best"][model] = {str(gpus): split for gpus, split in splits.items() if split is not None}
+        best[model] = {str(gpus): split for gpus, split in splits.items() if split is not None}
         for gpus, split in splits.items():
             told = "does not fit" if split is None else (
                 f"{split['trainers']:5} train, {split['server_gpus']:5} serve: {split['step_seconds']:8.1f} s a step, "
                 f"overlapped {split['overlapped_seconds']:8.1f}"
             )  # fmt: skip
             print(f"{model:>5} on {gpus:5} GPUs: {told}", file=sys.stderr)
-    if not wish.no_runs:
-        result["here"] = check_here()
-        result["prediction_error"] = result["here"]["prediction_error"]
-    print(json.dumps(result, indent=2))
+    on_paper = {"chip": CHIP, "load": asdict(PAPER_LOAD), "best": best}
+    if wish.no_runs:
+        show("scale", {}, on_paper=on_paper)
+        return
+    here = check_here()
+    largest = max(row["error"] for row in here["runs"])
+    show("scale", {"prediction_error": aim(largest, 0.20, "lower")}, on_paper=on_paper, here=here)
 
 
 if __name__ == "__main__":

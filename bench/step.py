@@ -1,4 +1,4 @@
-"""A GRPO step beside stock TRL's: `python bench/step.py [--rounds 3] [--steps 4] [--only train step overlap growth]`.
+"""A GRPO step beside stock TRL's: `python bench/step.py [--rounds 3] [--steps 4] [--only PART ...]`.
 
 `trl.GRPOTrainer` and ours take turns in one run, on the same random model of 5M parameters, prompts, group size,
 seeds and loss. `train_ratio`: the rollouts are given, their lengths log-normal, the mean a quarter of the longest;
@@ -6,9 +6,10 @@ trained tokens per second, ours over theirs. Loss and gradient norm of each step
 steps, each with its own in-process generation. `overlap_ratio`: whole steps, ours with a vLLM server on one core, a
 generation ahead of the trainer on the other; TRL with its own generation on both. `growth`: ours alone, seconds per
 trained token with 8 times the rollouts, and with rollouts 4 times as long, where what attention takes is measured by
-itself and taken out. Progress goes to stderr, one JSON object to stdout.
+itself and taken out. `ranks`: `train_ratio` again, by two processes under ZeRO-2, half of the rollouts each.
 
-Not measured: several ranks.
+`idle` is the share of the processors' time in which none of our processes ran, servers and verifiers included. A
+thread that spins while it waits for another counts as running.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import functools
 import json
 import math
 import os
-import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,9 +27,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 import trl
+from accelerate import PartialState
 from datasets import Dataset
+from result import aim, show
 from rollout import random_model
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
@@ -40,32 +44,46 @@ from r1dist.rewards import VERIFIERS, Rewards
 from r1dist.rewards.pool import Pool
 from r1dist.rollout.protocol import Request, Rollout
 from r1dist.rollout.servers.start import start_managed
-from r1dist.train.grpo import GRPOTrainer, in_process_engine, server_engine
+from r1dist.train.engines import in_process_engine, server_engine
+from r1dist.train.grpo import GRPOTrainer
 from r1dist.train.microbatch import partition
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, GROUP, MICRO = 8, 8, 8
 LONGEST = 512
-PARTS = ("train", "step", "overlap", "growth")
+PARTS = ("train", "step", "overlap", "growth", "ranks")
+AIMS = {"train": 3.5, "step": 1.6, "overlap": 2.5}
 ENDS = 6
 """Token ids that end a completion of the random model: a mean of about 60 tokens."""
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, and what it logged."""
+    """Seconds of each optimizer step, those that processors worked in it, and what it logged."""
 
     def __init__(self):
         self.seconds: list[float] = []
+        self.worked: list[float] = []
         self.logs: list[dict] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
+        self.began, self.before = time.perf_counter(), processor_seconds()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self.began)
+        self.worked.append(processor_seconds() - self.before)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.logs.append(logs)
+
+
+def processor_seconds() -> float:
+    """Of all that runs below the process that started this one's launcher, if it has one, else below this one."""
+    top = psutil.Process()
+    if "LOCAL_RANK" in os.environ:
+        top = top.parent()
+    times = [process.cpu_times() for process in (top, *top.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
 
 
 class Given:
@@ -144,11 +162,12 @@ class Bench:
         return Dataset.from_list(rows), Given(ids, len(self.tokenizer), longest)
 
     def arguments(self, longest: int, prompts: int = PROMPTS) -> trl.GRPOConfig:
+        accumulated = prompts * GROUP // MICRO // PartialState().num_processes
         return trl.GRPOConfig(
             output_dir=str(self.folder / "out"), use_cpu=True, bf16=False, report_to="none", logging_steps=1, seed=0,
             save_strategy="no", disable_tqdm=True, max_steps=self.steps, learning_rate=1e-5, loss_type="dapo",
             beta=0.0, num_generations=GROUP, per_device_train_batch_size=MICRO,
-            gradient_accumulation_steps=prompts * GROUP // MICRO, max_completion_length=longest,
+            gradient_accumulation_steps=accumulated, max_completion_length=longest,
             gradient_checkpointing=False, vllm_importance_sampling_correction=False, remove_unused_columns=False,
             dataloader_pin_memory=False,
         )  # fmt: skip
@@ -214,22 +233,26 @@ class Bench:
 
 def compare(bench: Bench, rounds: int, longest: int, given: bool, ours: Callable[[], Clock] | None = None) -> dict:
     """Alternating; the median of the rounds' ratios, and the rates. The first step of each is left out."""
-    ratios, rates = [], {"stock": [], "ours": []}
+    ratios, rates, idle = [], {"stock": [], "ours": []}, {"stock": [], "ours": []}
     apart = {"loss": 0.0, "grad_norm": 0.0}
     for number in range(rounds):
         clocks = {"stock": bench.stock(longest, given), "ours": ours() if ours else bench.ours(longest, given)}
         for name, clock in clocks.items():
             tokens = statistics.fmean(log["completions/mean_length"] for log in clock.logs[1:]) * PROMPTS * GROUP
             rates[name].append(tokens / statistics.median(clock.seconds[1:]))
+            idle[name].append(1 - sum(clock.worked[1:]) / sum(clock.seconds[1:]) / os.cpu_count())
         ratios.append(rates["ours"][-1] / rates["stock"][-1])
         if given:
             for field in apart:
                 pairs = zip(clocks["stock"].logs, clocks["ours"].logs, strict=True)
                 apart[field] = max(apart[field], *(abs(a[field] - b[field]) / abs(a[field]) for a, b in pairs))
         print(f"round {number + 1}: {rates}", file=sys.stderr)
-    found = {"ratio": statistics.median(ratios), "rounds": ratios,
-             "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
-             "seconds_by_phase": phases(clocks["ours"])}  # fmt: skip
+    found = {
+        "ratios": ratios,
+        "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "idle": {name: statistics.median(values) for name, values in idle.items()},
+        "seconds_by_phase": phases(clocks["ours"]),
+    }
     return found | ({"largest_relative_difference": apart} if given else {})
 
 
@@ -254,8 +277,7 @@ def overlap(bench: Bench, rounds: int) -> dict:
 
 def growth(bench: Bench, rounds: int) -> dict:
     """Seconds per trained token, prompts included, without attention's; and what they grow by."""
-    sizes = {"small": (PROMPTS, LONGEST), "8 times the rollouts": (8 * PROMPTS, LONGEST),
-             "4 times as long": (PROMPTS, 4 * LONGEST)}  # fmt: skip
+    sizes = {"small": (PROMPTS, LONGEST), "rollouts": (8 * PROMPTS, LONGEST), "length": (PROMPTS, 4 * LONGEST)}
     seconds: dict[str, list[float]] = {name: [] for name in sizes}
     attention: dict[str, list[float]] = {name: [] for name in sizes}
     for _ in range(rounds):
@@ -266,18 +288,30 @@ def growth(bench: Bench, rounds: int) -> dict:
             inside = attention_seconds(lengths, prompts * GROUP // MICRO)
             seconds[name].append((trained - inside) / sum(lengths))
             attention[name].append(inside / trained)
-            print(f"{name}: {1e6 * seconds[name][-1]:.0f} us a token beside attention", file=sys.stderr)
+            print(f"growth, {name}: {1e6 * seconds[name][-1]:.0f} us a token beside attention", file=sys.stderr)
     small = seconds.pop("small")
     return {
-        "growth": {name: statistics.median(a / b for a, b in zip(values, small, strict=True))
-                   for name, values in seconds.items()},
+        "growth": {name: [a / b for a, b in zip(values, small, strict=True)] for name, values in seconds.items()},
         "attention_share": {name: statistics.median(values) for name, values in attention.items()},
-    }  # fmt: skip
+    }
 
 
-def attention_seconds(
-    lengths: list[int], micro_batches: int, layers: int = 6, heads: int = 8, width: int = 32
-) -> float:
+def ranks(rounds: int, steps: int) -> dict:
+    """This bench's `train`, by two processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/zero2_cpu.yaml",
+    ]
+    command += ["bench/step.py", "--only", "train", "--rounds", str(rounds), "--steps", str(steps)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["train"]
+
+
+def attention_seconds(lengths: list[int], micro_batches: int) -> float:
     """Of scaled dot products, forward and backward, in the shapes of the random model's micro-batches."""
     layers, heads, width = 6, 8, 32
     total = 0.0
@@ -305,17 +339,14 @@ def main() -> None:
             "step": lambda: compare(bench, wish.rounds, LONGEST // 2, given=False),
             "overlap": lambda: overlap(bench, wish.rounds),
             "growth": lambda: growth(bench, wish.rounds),
+            "ranks": lambda: ranks(wish.rounds, wish.steps),
         }
         parts = {name: measure[name]() for name in wish.only}
-    result = {
-        "bench": "step",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "parameters": bench.parameters,
-        "mean_length": bench.given.tokens / (PROMPTS * GROUP),
-        **{f"{name}_ratio": part["ratio"] for name, part in parts.items() if "ratio" in part},
-        **parts,
-    }
-    print(json.dumps(result, indent=2))
+    aims = {f"{name}_ratio": aim(parts[name]["ratios"], AIMS[name], "higher") for name in AIMS if name in parts}
+    for name, ratios in parts.get("growth", {}).get("growth", {}).items():
+        aims[f"growth_{name}"] = aim(ratios, 1.15, "lower")
+    if PartialState().is_main_process:
+        show("step", aims, parameters=bench.parameters, mean_length=bench.given.tokens / (PROMPTS * GROUP), **parts)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
 Random weights of each size, a real server, our engine's `sync_weights` from end to end (gather, write, load,
 drop the caches, compare logprobs), in bfloat16 as a GPU run would send. For the largest size also its share of
 a step: the same weights generate 64 completions of 64 tokens and are trained on them once. On a machine without
-a GPU that is `shm`; the GPU transports are measured by `bench/gpu_check.py`. Progress goes to stderr, one JSON
-object to stdout.
+a GPU that is `shm`; the GPU transports are measured by `bench/gpu_check.py`. Progress goes to stderr; the last line
+on stdout is JSON.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -18,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from result import aim, show
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
@@ -49,11 +47,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             sizes[size] = measure(size, Path(folder), wish.rounds, with_step=size == wish.sizes[-1])
             print(size, sizes[size], file=sys.stderr)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    result = {"bench": "sync", "machine": machine, "transport": "shm", "dtype": "bfloat16", "sizes": sizes}
-    if wish.sizes[-1] == "0.5B":
-        result["shm_share"] = {"value": sizes["0.5B"]["share_of_step"], "aim": 0.05, "better": "lower"}
-    print(json.dumps(result, indent=2))
+    share = sizes[wish.sizes[-1]]["share_of_step"]
+    aims = {"shm_share": aim(share, 0.05, "lower")} if wish.sizes[-1] == "0.5B" else {}
+    show("sync", aims, transport="shm", dtype="bfloat16", sizes=sizes)
 
 
 def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
@@ -77,7 +73,7 @@ def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
     finally:
         engine.close()
         servers.stop()
-    return {key: value if isinstance(value, int) else round(value, 4) for key, value in found.items()}
+    return found
 
 
 def step_seconds(engine: ServerEngine, model, sync: float) -> dict:

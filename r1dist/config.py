@@ -233,6 +233,11 @@ class TrainRL(Train):
     Either way a field that the YAML sets itself wins."""
     dynamic_sampling: NonNegativeInt = 0
     """Times at most that groups whose rewards are all alike are replaced by other prompts' (DAPO). 0: never."""
+    activation_offload: bool = False
+    """What the backward pass needs waits for it in the host's memory: slower, and room for longer rollouts."""
+    pass_rate: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """[least, most] share of right answers. From the second epoch on a prompt outside of it, when it was last asked,
+    gives way to one within. Unset: every epoch has every prompt once."""
     token_budget: PositiveInt | None = None
     """Most tokens of one forward, padding included. Where a micro-batch has more it is divided. Unset: no bound."""
 

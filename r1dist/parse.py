@@ -111,6 +111,7 @@ def build(run_class: type, tree: dict, where: str) -> Any:
     if isinstance(run, GRPORun):
         check_rewards(run.rewards)
         _check_ahead(run.rollout, where)
+        _check_pass_rate(run, where)
         run.trl = {**GRPO_DEFAULTS, **OBJECTIVES[run.train.objective], **run.trl}
     return run
 
@@ -130,6 +131,21 @@ def _check_ahead(rollout: Rollout, where: str) -> None:
         raise UserError(
             f"{where}: with `rollout.max_staleness` {rollout.max_staleness} the servers generate while the trainer "
             "trains, with `rollout.sleep` they give their memory back then.\nSet one of them to its default."
+        )
+
+
+def _check_pass_rate(run: GRPORun, where: str) -> None:
+    if run.train.pass_rate is None:
+        return
+    least, most = run.train.pass_rate
+    if not 0 <= least <= most <= 1:
+        raise UserError(f"{where}: `train.pass_rate` is [{least:g}, {most:g}]; it is [least, most], both from 0 to 1.")
+    if "accuracy" not in run.rewards:
+        raise UserError(f"{where}: `train.pass_rate` is a share of right answers, but `rewards` has no `accuracy`.")
+    if run.rollout.max_staleness:
+        raise UserError(
+            f"{where}: with `rollout.max_staleness` {run.rollout.max_staleness} an epoch begins before the one before "
+            "has been scored, which `train.pass_rate` needs.\nSet one of them to its default."
         )
 
 

@@ -18,7 +18,7 @@ from r1dist.rollout.servers.endpoints import read
 STEPS = 12
 
 # 32 rollouts of 4 prompts to a generation, which two optimizer steps share; 8 prompts, so 4 steps to an epoch.
-# Forwards are cut to a budget, and groups that are alike replaced.
+# Forwards are cut to a budget, groups that are alike replaced, and from the second epoch on prompts never solved, too.
 GRPO = {
     **SMALL_GRPO,
     "data": {"sources": [{"path": "tiny", "limit": 8}], "template": "chat"},
@@ -33,7 +33,7 @@ GRPO = {
     "ref_model_mixup_alpha": 1.0,
     "save_strategy": "steps",
     "save_steps": 1,
-    "train": {"token_budget": 300, "dynamic_sampling": 1},
+    "train": {"token_budget": 300, "dynamic_sampling": 1, "pass_rate": [0.1, 1.0]},
 }
 COMMON = {
     "model": {"path": "tiny"},

@@ -13,6 +13,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from r1dist.config import GRPORun
 from r1dist.data.prompts import prompt_dataset
+from r1dist.errors import UserError
 from r1dist.parse import build
 from r1dist.rewards import Rewards
 from r1dist.train.grpo import arguments_of
@@ -222,6 +223,27 @@ def test_a_steps_loss_and_gradient_are_the_same(loss_type, beta, masked, trainer
         trainer._packs = False
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=5e-6)
         assert (gradient - expected).norm() < 1e-5 * expected.norm() and expected.norm() > 1e-3
+
+
+def test_activations_that_are_kept_elsewhere_give_the_same_gradient(trainer_of, scored, monkeypatch):
+    """TRL's own context needs a GPU; torch's, which is no faster, stands in for it."""
+    trainer = trainer_of(loss_type="dapo", beta=0.05)
+    expected_loss, expected = loss_and_gradient(trainer, regrouped(split_tensor_dict(scored, 4), 4, Grouping(PADDING)))
+    kept = []
+
+    class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self):
+            super().__init__(lambda tensor: kept.append(tensor.nbytes) or tensor.clone(), lambda tensor: tensor)
+
+    monkeypatch.setattr(trainer, "_kept_apart", Elsewhere())
+    loss, gradient = loss_and_gradient(trainer, regrouped(split_tensor_dict(scored, 4), 4, Grouping(PADDING)))
+    assert torch.equal(loss, expected_loss) and torch.equal(gradient, expected) and sum(kept) > 1e6
+
+
+def test_keeping_them_elsewhere_is_refused_without_a_gpu(small_grpo):
+    run = build(GRPORun, {**small_grpo, "train": {"activation_offload": True}}, "test")
+    with pytest.raises(UserError, match="there is no GPU here"):
+        build_trainer(run, *[None] * 4)  # before anything is made of them
 
 
 @pytest.mark.parametrize("shown", [False, True])

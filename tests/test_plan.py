@@ -63,6 +63,20 @@ def test_activations_are_in_the_range_of_what_autograd_keeps():
     assert 0.5 * measured < estimate < 2 * measured
 
 
+def test_a_token_budget_and_the_hosts_memory_leave_room_for_long_rollouts(small_grpo):
+    shape, rows = KNOWN_SHAPES["Qwen/Qwen2.5-0.5B"], {"per_device_train_batch_size": 32, "bf16": True}
+
+    def training(**train) -> float:
+        tree = {**small_grpo, **rows, "max_completion_length": 16384, "train": train, "gradient_checkpointing": True}
+        return training_memory(build(GRPORun, tree, "test"), shape, Sharding())["activations (training)"]
+
+    assert training(token_budget=1) == training(token_budget=16384)  # a rollout is never cut
+    assert training(token_budget=2 * 16640) * 14 < training() < training(token_budget=2 * 16640) * 16
+    assert (
+        training(token_budget=16640, activation_offload=True) < training(token_budget=16640) - 24 * 16640 * 896 * 1.9
+    )
+
+
 def test_the_qwen_recipes_fit_the_gpus_they_name():
     shape = KNOWN_SHAPES["Qwen/Qwen2.5-0.5B"]
     for name, run_class, sharding, gigabytes in (

@@ -166,5 +166,7 @@ def test_the_reference_was_reset_and_the_order_is_another_in_each_epoch(whole):
     assert any(not torch.equal(reference[key], start[key]) for key in start)
     rows = [json.loads(line) for path in (undisturbed / "traces").glob("*") for line in path.read_text().splitlines()]
     by_epoch = [[row["prompt_id"] for row in rows if row["step"] // 4 == epoch] for epoch in range(3)]
-    assert all(sorted(set(epoch)) == list(range(8)) for epoch in by_epoch)
+    assert sorted(set(by_epoch[0])) == list(range(8))
+    unfit = {line["step"]: line["curriculum/unfit"] for line in learnt(undisturbed) if "curriculum/unfit" in line}
+    assert list(unfit) == [1, 5, 9] and unfit[1] == 0 < unfit[5] < 1
     assert by_epoch[0] != by_epoch[1] != by_epoch[2]

@@ -107,7 +107,11 @@ def training_memory(
         length = trl_value(run, "max_length")
     rows = trl_value(run, "per_device_train_batch_size")
     checkpointed = trl_value(run, "gradient_checkpointing")
-    parts["activations (training)"] = activations(config, rows * length, checkpointed, compute)
+    offload = isinstance(run, GRPORun) and run.train.activation_offload
+    tokens = rows * length
+    if isinstance(run, GRPORun) and run.train.token_budget is not None:
+        tokens = min(tokens, max(run.train.token_budget, length))
+    parts["activations (training)"] = activations(config, tokens, checkpointed, compute, offload)
     if isinstance(run, GRPORun):
         # ZeRO 3 gathers the whole model to generate.
         gathered = count * held if sharding.zero_stage >= 3 else 0
@@ -116,17 +120,18 @@ def training_memory(
     return parts
 
 
-def activations(config: PretrainedConfig, tokens: int, checkpointed: bool, width: int) -> int:
+def activations(config: PretrainedConfig, tokens: int, checkpointed: bool, width: int, offload: bool = False) -> int:
     """Bytes kept for the backward pass of `tokens` tokens, and two tiles of logits.
 
     A layer keeps its input, two normalised copies, queries and their output, keys and values, and three
-    tensors of the MLP's width. With checkpointing only each layer's input stays, and one layer is whole.
+    tensors of the MLP's width. With checkpointing only each layer's input stays, and one layer is whole. With
+    `offload` one layer is whole and all others' are elsewhere.
     """
     head = config.hidden_size // config.num_attention_heads
     key_value = 2 * config.num_key_value_heads * head
     layer = tokens * (6 * config.hidden_size + key_value + 3 * config.intermediate_size) * width
     inputs = tokens * config.hidden_size * width * config.num_hidden_layers
-    kept = inputs + layer if checkpointed else layer * config.num_hidden_layers
+    kept = layer if offload else inputs + layer if checkpointed else layer * config.num_hidden_layers
     return kept + 2 * 4 * min(LOGITS_TILE, tokens * config.vocab_size)
 
 

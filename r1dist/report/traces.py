@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..files import read_lines
 from ..rollout.protocol import Rollout
 
 FOLDER = "traces"
@@ -70,6 +71,11 @@ class TraceWriter:
         """Forget what was written after the first `size` bytes."""
         if self.path.exists():
             os.truncate(self.path, min(size, self.size()))
+
+    def all_rows(self) -> Iterator[dict]:
+        """The rows of all ranks, as dictionaries."""
+        for path in sorted(self.path.parent.glob("rank*.jsonl")):
+            yield from read_lines(path)
 
     def write(self, rows: Iterable[TraceRow]) -> None:
         lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)

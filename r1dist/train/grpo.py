@@ -7,8 +7,7 @@ their names and signatures against the pinned TRL.
 import functools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,12 @@ import trl
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import selective_log_softmax
 
 from ..config import GRPORun
-from ..config import Rollout as RolloutSettings
 from ..data.prompts import prompt_dataset
 from ..data.templates import prompt_ids
-from ..errors import RunStopped, VerifiersBroken
-from ..files import SERVERS
+from ..errors import RunStopped, UserError, VerifiersBroken
 from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
 from ..parse import trl_value
 from ..process import set_up_process
@@ -35,12 +31,11 @@ from ..rewards import VERIFIERS, Rewards, Scorer
 from ..rewards.pool import Pool
 from ..rollout.in_process import InProcessEngine
 from ..rollout.protocol import Engine, Request, Rollout, RolloutsLost, Sampling, sample_seed
-from ..rollout.servers.engine import Policy
-from ..rollout.servers.start import connect, start_managed
-from ..rollout.weights.source import WeightSource
 from .backend import EngineBackend
 from .checkpoints import ResumableTrainer
+from .curriculum import judge, pass_rates
 from .dynamic import Resampler
+from .engines import in_process_engine, managed_servers, server_engine, servers_folder
 from .loss import TrainerOfGroups
 from .microbatch import regrouped
 from .order import SeededOrder
@@ -56,7 +51,6 @@ OVERRIDDEN = (
     "_get_per_token_logps_and_entropies",
     "_compute_loss",
 )
-PROBE_TOKENS = 32
 COLUMNS = {
     "reward": "reward",
     "accuracy": "rewards/accuracy/mean",
@@ -67,13 +61,13 @@ COLUMNS = {
 
 
 class _ClockCallback(TrainerCallback):
-    """Ends the phase `train` with the optimizer step, logs the seconds of all phases; tells the order its epoch."""
+    """Ends the phase `train` with the optimizer step, logs the seconds of all phases; tells the order of its epoch."""
 
     def __init__(self, trainer: "GRPOTrainer"):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.order.set_epoch(int(state.epoch or 0))
+        self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer, clock = self.trainer, self.trainer.clock
@@ -93,6 +87,7 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         make_engine: Builds the engine from this trainer, once TRL has prepared the model.
         max_staleness: The YAML's `rollout.max_staleness`.
         dynamic_sampling: The YAML's `train.dynamic_sampling`.
+        pass_rate: The YAML's `train.pass_rate`, which needs `traces`.
         rewards: What TRL's `reward_funcs` are made of; verification starts as rollouts arrive.
         traces: Where each rollout is written; None writes none.
         **kwargs: `TrainerOfGroups`'s and `trl.GRPOTrainer`'s own arguments.
@@ -106,6 +101,7 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         traces: TraceWriter | None,
         max_staleness: int = 0,
         dynamic_sampling: int = 0,
+        pass_rate: list[float] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -113,6 +109,7 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         self.traces = traces
         self.resampler = Resampler(self, dynamic_sampling) if dynamic_sampling else None
         self.resampling = False
+        self.pass_rate = pass_rate
         self.generated: list[Rollout] | None = None
         self.local_rewards: list[dict[str, float | None]] = []
         self.generation_rows: list[dict] = []
@@ -151,6 +148,18 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         self.model.train(was_training)
         following = torch.tensor(tokens[1:], device=logits.device)
         return selective_log_softmax(logits.float(), following).tolist()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set the order of an epoch's prompts. A collective where pass rates decide."""
+        self.order.set_epoch(epoch)
+        if self.pass_rate is None:
+            return
+        begins = self.step_of(epoch * self.order.generations)
+        rates = pass_rates(self.traces.all_rows(), begins) if self.accelerator.is_main_process else {}
+        (rates,) = broadcast_object_list([rates])
+        self.order.verdict = judge(rates, self.train_dataset["prompt_id"], *self.pass_rate)
+        if self.state.global_step == begins:  # not where a run is taken up within the epoch
+            self.note("curriculum/unfit", len(self.order.verdict.unfit) / len(self.train_dataset))
 
     @property
     def generation(self) -> int:
@@ -347,41 +356,6 @@ def group_tokens(rows: list[dict], completion_ids: list[list[int]]) -> list[list
     return [by_prompt[row["prompt_id"]] for row in rows]
 
 
-def in_process_engine(batch_size: int, trainer: GRPOTrainer) -> InProcessEngine:
-    """The engine that generates with the trainer's own module."""
-
-    def unwrapped() -> AbstractContextManager:
-        return unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=True,  # ranks decode different numbers of tokens: nothing may be collective
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        )
-
-    return InProcessEngine(unwrapped, trainer.eos_token_ids, trainer.processing_class.pad_token_id, batch_size)
-
-
-def server_engine(
-    rollout: RolloutSettings, servers: Path, dtype: str, probe: list[int], trainer: GRPOTrainer
-) -> Engine:
-    """The engine over vLLM servers; `servers` is the folder of the run's own."""
-    accelerator = trainer.accelerator
-    policy = Policy(
-        score=trainer.score,
-        probe=probe,
-        probe_tokens=min(PROBE_TOKENS, trainer.max_completion_length - 1),
-        stop_ids=trainer.eos_token_ids,
-        rank=accelerator.process_index,
-        share=lambda value: broadcast_object_list([value])[0],
-    )
-    source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
-    return connect(rollout, servers, source, policy, accelerator.num_processes)
-
-
-def servers_folder(run: GRPORun) -> Path:
-    return Path(run.trl["output_dir"]) / SERVERS
-
-
 def arguments_of(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
     return trl_arguments(
@@ -400,7 +374,9 @@ def build(
     dataset: Dataset,
     rewards: Rewards,
 ) -> GRPOTrainer:
-    """The trainer of `run`, ready to train."""
+    """The trainer of `run`, ready to train. Raises `UserError` for what this machine cannot do."""
+    if run.train.activation_offload and not torch.cuda.is_available():
+        raise UserError("train.activation_offload spares a GPU's memory, and there is no GPU here. Leave it out.")
     if run.rollout.engine == "vllm":
         probe = prompt_ids(tokenizer, dataset[0]["prompt"])
         dtype = run.rollout.serve.dtype
@@ -414,7 +390,9 @@ def build(
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
         max_staleness=run.rollout.max_staleness,
         dynamic_sampling=run.train.dynamic_sampling,
+        pass_rate=run.train.pass_rate,
         token_budget=run.train.token_budget,
+        activation_offload=run.train.activation_offload,
         stall_timeout=run.train.stall_timeout,
         model=model_path(run.model),
         reward_funcs=[
@@ -455,23 +433,6 @@ def _train(run: GRPORun, pool: Pool) -> None:
         trainer.save_model()
     # Ranks that end one before the other, their process group still open, abort now and then.
     trainer.accelerator.end_training()
-
-
-@contextmanager
-def managed_servers(run: GRPORun, arguments: trl.GRPOConfig, dataset: Dataset) -> Iterator[None]:
-    """This run's own servers, if it has any. They come up while the trainer is built."""
-    own = run.rollout.engine == "vllm" and run.rollout.servers == "managed" and arguments.process_index == 0
-    if not own:
-        yield
-        return
-    tokens = max(dataset["prompt_length"]) + arguments.max_completion_length
-    dtype = computing_dtype(arguments, run.model.dtype)
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    servers = start_managed(run.rollout, model_path(run.model), dtype, tokens, servers_folder(run), trainers)
-    try:
-        yield
-    finally:
-        servers.stop()
 
 
 def save_before_stopping(trainer: GRPOTrainer) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import trl
 from accelerate.utils import gather_object
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from .clock import PhaseClock
 from .importance import importance_ratio
@@ -23,11 +24,13 @@ class TrainerOfGroups(trl.GRPOTrainer):
 
     Args:
         token_budget: The YAML's `train.token_budget`.
+        activation_offload: The YAML's `train.activation_offload`.
         **kwargs: `trl.GRPOTrainer`'s own arguments.
     """
 
-    def __init__(self, *, token_budget: int | None = None, **kwargs):
+    def __init__(self, *, token_budget: int | None = None, activation_offload: bool = False, **kwargs):
         super().__init__(**kwargs)
+        self._kept_apart = get_act_offloading_ctx_manager(self.model) if activation_offload else nullcontext()
         self.clock = PhaseClock()
         self.tally = Tally()
         self.generation_every = self.args.steps_per_generation * self.num_iterations
@@ -114,7 +117,7 @@ class TrainerOfGroups(trl.GRPOTrainer):
         """TRL's loss of a micro-batch."""
         self._correcting = batch if self.corrects_late else None
         local = self.groups and self.model.training
-        with self.tally.instead_of(self.accelerator, self._metrics) if local else nullcontext():
+        with self.tally.instead_of(self.accelerator, self._metrics) if local else nullcontext(), self._kept_apart:
             loss = theirs(model, batch)
         self._correcting = None
         return loss

@@ -1,0 +1,113 @@
+"""Writes the table of figures in docs/performance.md: `python bench/page.py`.
+
+Its rows come from bench/results/, one file for each bench and machine: `<bench>-<machine>.json`, the last line that
+the bench printed. A figure that no file holds is shown, too, as not run.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- figures: python bench/page.py -->", "<!-- end of figures -->"
+SIGNS = {"higher": "≥", "lower": "≤"}
+HEAD = ("bench", "figure", "what it is", "value", "rounds", "aim", "reached", "machine")
+
+
+@dataclass(frozen=True)
+class Aim:
+    phrase: str
+    aim: float
+    better: str = "higher"
+
+
+AIMS: dict[str, dict[str, Aim]] = {
+    "step": {
+        "train_ratio": Aim("trained tokens per second over TRL's, the rollouts given", 3.5),
+        "step_ratio": Aim("whole steps' tokens per second over TRL's, both generating in process", 1.6),
+        "overlap_ratio": Aim("the same, ours with a server that is a generation ahead", 2.5),
+        "growth_rollouts": Aim(
+            "seconds per trained token, attention taken out: 8 times the rollouts over the small run", 1.15, "lower"
+        ),
+        "growth_length": Aim("the same: rollouts 4 times as long over the small run", 1.15, "lower"),
+    },
+    "staleness": {
+        "one_behind": Aim(
+            "seeds of 3 with accuracy within on-policy's 95 % interval or above, 1 generation behind", 3
+        ),
+        "four_behind": Aim("the same, at most 4 generations behind", 3),
+    },
+    "rewards": {
+        "clean_ratio": Aim("answers verified per second over a plain loop's", 1.6),
+        "hostile_ratio": Aim("the same, one answer of 100 being hostile", 8),
+        "stuck_limits": Aim("time limits that 11 answers without an end cost two workers", 6, "lower"),
+        "sandbox_per_core": Aim("trivial programs per second in the sandbox, one after another", 20),
+    },
+    "rollout": {
+        "throughput_ratio": Aim("tokens per second over vLLM's own offline generation, equal lengths", 0.9),
+        "throughput_ratio_skewed": Aim("the same, skewed lengths", 0.9),
+        "client_overhead": Aim("our own processor time as a share of the generation's seconds", 0.05, "lower"),
+    },
+    "sync": {"shm_share": Aim("share of a step that new weights take to a server, 0.5B parameters", 0.05, "lower")},
+    "checkpoint": {"save_ratio": Aim("seconds that training waits for a checkpoint, over TRL's", 1.1, "lower")},
+    "sample": {"throughput_ratio": Aim("tokens per second of rejection sampling over its engine's alone", 0.9)},
+    "scale": {"prediction_error": Aim("largest miss of a predicted step's seconds, as a share of them", 0.2, "lower")},
+    "first_run": {
+        "demo_minutes": Aim("minutes of `make demo-quick`", 8, "lower"),
+        "peak_gib": Aim("its peak memory, all processes together, GiB", 4, "lower"),
+        "refusal_seconds": Aim("seconds until a misspelt key is refused", 2, "lower"),
+        "gain_points": Aim("points of greedy accuracy gained over the base model", 60),
+    },
+    "gpu_check": {
+        "train_peak_share": Aim("share of the chip's peak in the training phase", 0.35),
+        "step_ratio": Aim("whole steps' speed over TRL's with vLLM colocated", 1.5),
+    },
+}
+
+
+def main(results: Path = ROOT / "bench" / "results", page: Path = ROOT / "docs" / "performance.md") -> None:
+    before, start, rest = page.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"{page}: the lines {START} and {END} are missing")
+    measured = defaultdict(list)
+    for path in sorted(results.glob("*.json")):
+        for figure, cells in read(path).items():
+            measured[figure].append(cells)
+    table = [HEAD, ("---",) * len(HEAD)]
+    for bench, known in AIMS.items():
+        for name, aim in known.items():
+            not_run = ("not run", "", bound(aim.aim, aim.better), "", "")
+            table += [(f"`{bench}`", f"`{name}`", aim.phrase, *cells) for cells in measured[bench, name] or [not_run]]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
+    page.write_text(f"{before}{start}\n\n{lines}\n{end}{after}", encoding="utf-8")
+
+
+def read(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    """A result's bench and figures, each with the cells that are measured."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        bench, machine = result["bench"], result["machine"]
+        found = {(bench, name): (*measured_cells(figure), machine) for name, figure in result["aims"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path}: not a bench's result ({type(error).__name__}: {error})") from None
+    for _, name in found:
+        if name not in AIMS.get(bench, {}):
+            raise SystemExit(f"{path}: bench/page.py does not know the figure {name} of {bench}; add it to AIMS")
+    return found
+
+
+def measured_cells(figure: dict) -> tuple[str, str, str, str]:
+    value, aim, better = figure["value"], figure["aim"], figure["better"]
+    reached = value >= aim if better == "higher" else value <= aim
+    rounds = ", ".join(f"{each:g}" for each in figure.get("rounds", ()))
+    return f"{value:g}", rounds, bound(aim, better), "yes" if reached else "no"
+
+
+def bound(aim: float, better: str) -> str:
+    return f"{SIGNS[better]} {aim:g}"
+
+
+if __name__ == "__main__":
+    main()

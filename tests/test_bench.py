@@ -1,0 +1,128 @@
+"""What the benches print, and the page of their figures; no bench runs here."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "scale", "first_run")
+"""Benches that name each figure in their source; others put the names together."""
+
+
+@pytest.fixture(autouse=True)
+def bench_path(monkeypatch):
+    """Benches import each other plainly."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A page and results of two benches, one of them from two machines."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "page.md").write_text(
+        "Before.\n\n<!-- figures: python bench/page.py -->\nold\n<!-- end of figures -->\n\nAfter.\n"
+    )
+    ratio = {"value": 0.95, "aim": 0.9, "better": "higher", "rounds": [0.94, 0.95, 0.96]}
+    put(tmp_path, "sample-large", "sample", "large", throughput_ratio=ratio)
+    put(tmp_path, "sample-small", "sample", "small", throughput_ratio={"value": 0.8, "aim": 0.9, "better": "higher"})
+    put(tmp_path, "sync-small", "sync", "small", shm_share={"value": 0.06, "aim": 0.05, "better": "lower"})
+    return tmp_path
+
+
+def put(folder, file: str, bench: str, machine: str, **aims) -> None:
+    text = json.dumps({"bench": bench, "machine": machine, "aims": aims})
+    (folder / "results" / f"{file}.json").write_text(text)
+
+
+def written(folder) -> str:
+    import page
+
+    page.main(folder / "results", folder / "page.md")
+    return (folder / "page.md").read_text()
+
+
+def rows(text: str, bench: str) -> list[list[str]]:
+    """A bench's rows, without the bench's name and the phrase."""
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [[row[1], *row[3:]] for row in found if row[0] == f"`{bench}`"]
+
+
+def test_page_has_a_row_for_each_figure(folder):
+    text = written(folder)
+    assert text.startswith("Before.\n") and text.endswith("\n\nAfter.\n") and "old" not in text
+    assert rows(text, "sample") == [
+        ["`throughput_ratio`", "0.95", "0.94, 0.95, 0.96", "≥ 0.9", "yes", "large"],
+        ["`throughput_ratio`", "0.8", "", "≥ 0.9", "no", "small"],
+    ]
+    assert rows(text, "sync") == [["`shm_share`", "0.06", "", "≤ 0.05", "no", "small"]]
+    assert rows(text, "checkpoint") == [["`save_ratio`", "not run", "", "≤ 1.1", "", ""]]
+
+
+def test_a_figure_at_its_aim_has_reached_it(folder):
+    put(folder, "sync-small", "sync", "small", shm_share={"value": 0.05, "aim": 0.05, "better": "lower"})
+    put(folder, "sample-small", "sample", "small", throughput_ratio={"value": 0.9, "aim": 0.9, "better": "higher"})
+    text = written(folder)
+    assert [rows(text, bench)[-1][4] for bench in ("sync", "sample")] == ["yes", "yes"]
+
+
+def test_page_is_the_same_when_written_again(folder):
+    assert written(folder) == written(folder)
+
+
+def test_unknown_figure_is_refused_and_the_page_kept(folder):
+    put(folder, "sync-large", "sync", "large", speed={"value": 1, "aim": 1, "better": "higher"})
+    before = (folder / "page.md").read_text()
+    with pytest.raises(SystemExit, match=r"sync-large\.json: .*the figure speed of sync"):
+        written(folder)
+    assert (folder / "page.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bench": "sync", ',
+        "[]",
+        '{"bench": "sync", "aims": {}}',
+        '{"bench": "sync", "machine": "m", "aims": {"shm_share": {"value": 1, "better": "lower"}}}',
+        '{"bench": "sync", "machine": "m", "aims": {"shm_share": {"value": 1, "aim": 1, "better": "more"}}}',
+    ],
+)
+def test_damaged_file_is_named(folder, text):
+    (folder / "results" / "sync-large.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"sync-large\.json: not a bench's result") as refused:
+        written(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_page_without_its_markers_is_refused(folder):
+    (folder / "page.md").write_text("Before.\n")
+    with pytest.raises(SystemExit, match=r"page\.md: .*missing"):
+        written(folder)
+
+
+def test_known_figures_are_those_that_benches_measure():
+    import page
+
+    for bench in SPELT_OUT:
+        source = (ROOT / "bench" / f"{bench}.py").read_text()
+        for name in page.AIMS[bench]:
+            assert f'"{name}"' in source, (bench, name)
+
+
+def test_median_of_the_rounds_counts():
+    from result import aim
+
+    assert aim([3, 1.23456, 2], 1.5, "higher") == {
+        "value": 2, "aim": 1.5, "better": "higher", "rounds": [3, 1.235, 2]
+    }  # fmt: skip
+    assert aim(0.5, 1, "lower") == {"value": 0.5, "aim": 1, "better": "lower"}
+
+
+def test_result_is_one_line(capsys):
+    from result import aim, show
+
+    show("sync", {"shm_share": aim(0.01, 0.05, "lower")}, sizes={"1M": 2})
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found.pop("machine")
+    assert found == {"bench": "sync", "aims": {"shm_share": aim(0.01, 0.05, "lower")}, "sizes": {"1M": 2}}
