@@ -1,14 +1,14 @@
-"""The rollout path on a machine with a GPU: `python bench/gpu_check.py [--model PATH] [--steps 20]`.
+"""What can only be known on a GPU: `python bench/gpu_check.py [--model PATH] [--steps 20] [--only PART ...]`.
 
-Trains `--steps` steps of GRPO with each transport that the machine has GPUs for, and once with sleep, and
-reports for each: seconds by phase, the largest `rollout/logp_diff`, and GiB in use on the GPU while generating
-and while training. Progress goes to stderr, one JSON object to stdout. On a machine without a GPU it says so
-and ends with exit code 2.
+`rollouts`: trains `--steps` steps of GRPO with each transport that the machine has GPUs for, and once with sleep, and
+reports for each: seconds by phase, the largest `rollout/logp_diff`, and GiB in use on the GPU while generating and
+while training. `training`: a step over given rollouts in Qwen2.5-0.5B's shapes, 8k and 16k tokens to a forward: tokens
+per second, share of the chip's peak, peak memory and what `--dry_run` estimates; and beside stock TRL. `step`: whole
+steps beside TRL's with vLLM in its process. On a machine without a GPU it says so and ends with exit code 2.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,36 +17,49 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from gpu_step import BUDGETS, training, whole_step
+from result import aim, show
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "configs/recipes/tiny/r1_zero.yaml"
+PARTS = ("rollouts", "training", "step")
+TIMED_STEPS, ROUNDS = 4, 3
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     wish = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: bench/gpu_check.py needs a GPU, and there is none here.", file=sys.stderr)
         return 2
+    parts, aims = {}, {}
+    if "rollouts" in wish.only:
+        parts["rollouts"] = rollouts(wish)
+    if "training" in wish.only:
+        parts["training"] = training(ROUNDS, TIMED_STEPS)
+        shares = [parts["training"][str(budget)]["peak_share"] for budget in BUDGETS]
+        aims |= {} if None in shares else {"train_peak_share": aim(max(shares), 0.35, "higher")}
+    if "step" in wish.only:
+        parts["step"] = whole_step(TIMED_STEPS + 1)
+        aims["step_ratio"] = aim(parts["step"]["ratio"], 1.5, "higher")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = {name: version(name) for name in ("torch", "transformers", "trl", "vllm")}
+    show("gpu_check", aims, gpus=gpus, versions=versions, **parts)
+    return 0 if all(result["finished"] for result in parts.get("rollouts", {}).get("runs", {}).values()) else 1
+
+
+def rollouts(wish: argparse.Namespace) -> dict:
+    """A training with each way in which weights can reach the servers."""
     variants = {"shm": ["--rollout.transport", "shm"], "ipc": ["--rollout.transport", "ipc"]}
     variants["ipc, sleep"] = [*variants["ipc"], "--rollout.sleep", "true"]
     if torch.cuda.device_count() > 1:
         variants["nccl"] = ["--rollout.transport", "nccl"]
     with tempfile.TemporaryDirectory() as folder:
-        results = {name: run(wish, Path(folder) / str(i), words) for i, (name, words) in enumerate(variants.items())}
-    report = {
-        "bench": "gpu_check",
-        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "vllm")},
-        "model": wish.model,
-        "runs": results,
-        "not_run": [] if "nccl" in results else ["nccl: needs a second GPU"],
-    }
-    print(json.dumps(report, indent=2))
-    return 0 if all(result["finished"] for result in results.values()) else 1
+        runs = {name: run(wish, Path(folder) / str(i), words) for i, (name, words) in enumerate(variants.items())}
+    return {"model": wish.model, "runs": runs, "not_run": [] if "nccl" in runs else ["nccl: needs a second GPU"]}
 
 
 def run(wish: argparse.Namespace, output: Path, words: list[str]) -> dict:

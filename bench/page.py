@@ -1,11 +1,13 @@
-"""Writes the table of figures in docs/performance.md: `python bench/page.py`.
+"""Writes the tables of figures in docs/performance.md: `python bench/page.py`.
 
 Its rows come from bench/results/, one file for each bench and machine: `<bench>-<machine>.json`, the last line that
-the bench printed. A figure that no file holds is shown, too, as not run.
+the bench printed. A figure that no file holds is shown, too, as not run. A result may bring a `table` of its own, rows
+of cells under a row of heads.
 """
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,31 +73,38 @@ def main(results: Path = ROOT / "bench" / "results", page: Path = ROOT / "docs" 
     _, end, after = rest.partition(END)
     if not (start and end):
         raise SystemExit(f"{page}: the lines {START} and {END} are missing")
-    measured = defaultdict(list)
+    measured, more = defaultdict(list), []
     for path in sorted(results.glob("*.json")):
-        for figure, cells in read(path).items():
+        figures, own = read(path)
+        for figure, cells in figures.items():
             measured[figure].append(cells)
-    table = [HEAD, ("---",) * len(HEAD)]
+        more += own
+    rows = []
     for bench, known in AIMS.items():
         for name, aim in known.items():
             not_run = ("not run", "", bound(aim.aim, aim.better), "", "")
-            table += [(f"`{bench}`", f"`{name}`", aim.phrase, *cells) for cells in measured[bench, name] or [not_run]]
-    lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
+            rows += [(f"`{bench}`", f"`{name}`", aim.phrase, *cells) for cells in measured[bench, name] or [not_run]]
+    lines = "\n".join([table(HEAD, rows), *more])
     page.write_text(f"{before}{start}\n\n{lines}\n{end}{after}", encoding="utf-8")
 
 
-def read(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
-    """A result's bench and figures, each with the cells that are measured."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def read(path: Path) -> tuple[dict[tuple[str, str], tuple[str, ...]], list[str]]:
+    """A result's figures by bench and name, with the cells that are measured; its own table, if it has one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         bench, machine = result["bench"], result["machine"]
         found = {(bench, name): (*measured_cells(figure), machine) for name, figure in result["aims"].items()}
+        head, *rows = result.get("table", [[]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: not a bench's result ({type(error).__name__}: {error})") from None
     for _, name in found:
         if name not in AIMS.get(bench, {}):
             raise SystemExit(f"{path}: bench/page.py does not know the figure {name} of {bench}; add it to AIMS")
-    return found
+    return found, [f"`{bench}`, {machine}:\n\n{table(head, rows)}"] if rows else []
 
 
 def measured_cells(figure: dict) -> tuple[str, str, str, str]:

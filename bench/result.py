@@ -27,8 +27,12 @@ def show(bench: str, aims: dict[str, dict], **more: Any) -> None:
 
 
 def machine() -> str:
+    """What figures depend on; it names nobody's host."""
+    import torch  # here: workers that verify import what their bench imports
+
     memory = psutil.virtual_memory().total / 2**30
-    return f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([platform.machine(), f"{os.cpu_count()} cores", f"{memory:.0f} GiB", *gpus])
 
 
 def significant(value: float) -> float:

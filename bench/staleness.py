@@ -3,7 +3,7 @@
 The tiny recipe's R1-Zero in one process, a vLLM server on the other core, for each seed: on-policy, at most 1
 generation ahead, at most 4, and 4 without the importance correction. Each ends with the evaluation of the recipe.
 `one_behind` and `four_behind`: in how many seeds greedy accuracy is within on-policy's 95 % interval or above it; the
-interval is of the problems, and other seeds differ by more (`accuracy`). Progress goes to stderr.
+interval is of the problems, and other seeds differ by more, as the table shows. Progress goes to stderr.
 """
 
 import argparse
@@ -53,8 +53,21 @@ def main() -> None:
 
     seeds = len(wish.seeds)
     aims = {variant: aim(within(variant), seeds, "higher") for variant in ("one_behind", "four_behind")}
-    accuracy = {variant: [found["accuracy"] for found in of_seeds] for variant, of_seeds in runs.items()}
-    show("staleness", aims, seeds=wish.seeds, steps=wish.steps, accuracy=accuracy, runs=runs)
+    show("staleness", aims, seeds=wish.seeds, steps=wish.steps, table=table(wish.seeds, runs), runs=runs)
+
+
+def table(seeds: list[int], runs: dict[str, list[dict]]) -> list[list[str]]:
+    """Greedy accuracy with its interval, by variant and seed; how old the rollouts were, and how long a run took."""
+    head = ["rollouts", *(f"accuracy, seed {seed}" for seed in seeds), "mean", "mean staleness", "minutes"]
+    rows = []
+    for variant, of_seeds in runs.items():
+        cells = ["{accuracy:.1%} [{0:.1%}, {1:.1%}]".format(*found["ci95"], **found) for found in of_seeds]
+        means = [
+            statistics.fmean(found.get(name, 0.0) for found in of_seeds)
+            for name in ("accuracy", "rollout/staleness", "minutes")
+        ]
+        rows.append([variant.replace("_", " "), *cells, f"{means[0]:.1%}", f"{means[1]:.2f}", f"{means[2]:.1f}"])
+    return [head, *rows]
 
 
 @contextmanager

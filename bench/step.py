@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -34,7 +35,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from result import aim, show
 from rollout import random_model
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from r1dist.config import Rollout as RolloutSettings
 from r1dist.config import Serve, Verify
@@ -141,17 +142,24 @@ def reward(completion_ids, **_) -> list[float]:
 class Bench:
     """Builds trainers over one model; `steps` steps each."""
 
+    longest = LONGEST
+
     def __init__(self, folder: Path, pool: Pool, steps: int):
         self.folder = folder
         self.pool = pool
         self.steps = steps
         self.path = folder / "model"
-        model = random_model(self.path, positions=4 * LONGEST + 64)
+        model = self.make_model()
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.dataset, self.given = self.problem(PROMPTS, self.longest)
+
+    def make_model(self) -> PreTrainedModel:
+        """Saved to `path` with its tokenizer."""
+        model = random_model(self.path, positions=4 * LONGEST + 64)
         model.generation_config.eos_token_id = list(range(20, 20 + ENDS))
         model.generation_config.save_pretrained(self.path)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        self.dataset, self.given = self.problem(PROMPTS, LONGEST)
+        return model
 
     def problem(self, prompts: int, longest: int) -> tuple[Dataset, Given]:
         rows = [
@@ -161,9 +169,9 @@ class Bench:
         ids = [self.tokenizer(row["prompt"])["input_ids"] for row in rows]
         return Dataset.from_list(rows), Given(ids, len(self.tokenizer), longest)
 
-    def arguments(self, longest: int, prompts: int = PROMPTS) -> trl.GRPOConfig:
+    def arguments(self, longest: int, prompts: int = PROMPTS, **changes: Any) -> trl.GRPOConfig:
         accumulated = prompts * GROUP // MICRO // PartialState().num_processes
-        return trl.GRPOConfig(
+        fields = dict(
             output_dir=str(self.folder / "out"), use_cpu=True, bf16=False, report_to="none", logging_steps=1, seed=0,
             save_strategy="no", disable_tqdm=True, max_steps=self.steps, learning_rate=1e-5, loss_type="dapo",
             beta=0.0, num_generations=GROUP, per_device_train_batch_size=MICRO,
@@ -171,6 +179,7 @@ class Bench:
             gradient_checkpointing=False, vllm_importance_sampling_correction=False, remove_unused_columns=False,
             dataloader_pin_memory=False,
         )  # fmt: skip
+        return trl.GRPOConfig(**fields | changes)
 
     def stock(self, longest: int, given: bool) -> Clock:
         trainer = trl.GRPOTrainer(str(self.path), [reward], self.arguments(longest), self.dataset,
@@ -179,11 +188,11 @@ class Bench:
             trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, self.given, -1
         return self._timed(trainer)
 
-    def ours(self, longest: int, given: bool) -> Clock:
+    def ours(self, longest: int, given: bool, **settings: Any) -> Clock:
         def make_engine(trainer):
             return self.given if given else in_process_engine(PROMPTS * GROUP, trainer)
 
-        return self._ours(make_engine, self.arguments(longest), self.dataset)
+        return self._ours(make_engine, self.arguments(longest), self.dataset, **settings)
 
     def of_size(self, prompts: int, longest: int) -> tuple[Clock, Given]:
         dataset, given = self.problem(prompts, longest)
@@ -197,9 +206,11 @@ class Bench:
         torch.set_num_threads(1)
         try:
             engine = functools.partial(server_engine, rollout, servers, "float32", [20, 21])
-            arguments = self.arguments(longest)
-            arguments.vllm_importance_sampling_correction = True
-            arguments.vllm_importance_sampling_mode = "token_truncate"
+            corrected = {
+                "vllm_importance_sampling_correction": True,
+                "vllm_importance_sampling_mode": "token_truncate",
+            }
+            arguments = self.arguments(longest, **corrected)
             return self._ours(engine, arguments, self.dataset, max_staleness=rollout.max_staleness)
         finally:
             os.sched_setaffinity(0, cores)
@@ -346,7 +357,22 @@ def main() -> None:
     for name, ratios in parts.get("growth", {}).get("growth", {}).items():
         aims[f"growth_{name}"] = aim(ratios, 1.15, "lower")
     if PartialState().is_main_process:
-        show("step", aims, parameters=bench.parameters, mean_length=bench.given.tokens / (PROMPTS * GROUP), **parts)
+        mean = bench.given.tokens / (PROMPTS * GROUP)
+        show("step", aims, parameters=bench.parameters, mean_length=mean, table=table(parts), **parts)
+
+
+def table(parts: dict[str, dict]) -> list[list[str]]:
+    """Of what ran beside TRL: rates, idle processors, and where our steps' seconds go."""
+    rows = []
+    for name, part in parts.items():
+        if "ratios" in part:
+            rates = [f"{part['tokens_per_second'][side]:.0f}" for side in ("stock", "ours")]
+            idle = [f"{part['idle'][side]:.0%}" for side in ("stock", "ours")]
+            seconds = ", ".join(
+                f"{phase} {took:.2f}" for phase, took in part["seconds_by_phase"].items() if took > 0.005
+            )
+            rows.append([name, *rates, f"{statistics.median(part['ratios']):.2f}", *idle, seconds])
+    return [["part", "TRL's tokens/s", "ours", "ratio", "TRL's idle", "ours", "our seconds by phase"], *rows]
 
 
 if __name__ == "__main__":

@@ -65,6 +65,17 @@ def test_a_figure_at_its_aim_has_reached_it(folder):
     assert [rows(text, bench)[-1][4] for bench in ("sync", "sample")] == ["yes", "yes"]
 
 
+def test_a_result_s_own_table_stands_below(folder):
+    own = [["rollouts", "accuracy"], ["one behind", "75.0%"]]
+    (folder / "results" / "staleness-small.json").write_text(
+        json.dumps({"bench": "staleness", "machine": "small", "aims": {}, "table": own})
+    )
+    below = written(folder).partition("`staleness`, small:\n\n")[2]
+    assert below.startswith(
+        "| rollouts | accuracy |\n| --- | --- |\n| one behind | 75.0% |\n\n<!-- end of figures -->"
+    )
+
+
 def test_page_is_the_same_when_written_again(folder):
     assert written(folder) == written(folder)
 
