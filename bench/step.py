@@ -31,7 +31,6 @@ from typing import Any
 import psutil
 import torch
 import trl
-from accelerate import PartialState
 from datasets import Dataset
 from result import aim, show
 from rollout import random_model
@@ -170,7 +169,7 @@ class Bench:
         return Dataset.from_list(rows), Given(ids, len(self.tokenizer), longest)
 
     def arguments(self, longest: int, prompts: int = PROMPTS, **changes: Any) -> trl.GRPOConfig:
-        accumulated = prompts * GROUP // MICRO // PartialState().num_processes
+        accumulated = prompts * GROUP // MICRO // int(os.environ.get("WORLD_SIZE", "1"))
         fields = dict(
             output_dir=str(self.folder / "out"), use_cpu=True, bf16=False, report_to="none", logging_steps=1, seed=0,
             save_strategy="no", disable_tqdm=True, max_steps=self.steps, learning_rate=1e-5, loss_type="dapo",
@@ -356,7 +355,7 @@ def main() -> None:
     aims = {f"{name}_ratio": aim(parts[name]["ratios"], AIMS[name], "higher") for name in AIMS if name in parts}
     for name, ratios in parts.get("growth", {}).get("growth", {}).items():
         aims[f"growth_{name}"] = aim(ratios, 1.15, "lower")
-    if PartialState().is_main_process:
+    if os.environ.get("RANK", "0") == "0":
         mean = bench.given.tokens / (PROMPTS * GROUP)
         show("step", aims, parameters=bench.parameters, mean_length=mean, table=table(parts), **parts)
 

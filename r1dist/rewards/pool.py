@@ -64,7 +64,8 @@ class Pool:
         self._closed = threading.Event()
         self._context = multiprocessing.get_context("forkserver")
         # What a worker needs is imported once, in the fork server, so that one that replaces another is there at once.
-        self._context.set_forkserver_preload([__name__, *(verifier.__module__ for verifier in verifiers.values())])
+        modules = (verifier.__module__ for verifier in verifiers.values())
+        self._context.set_forkserver_preload([__name__, f"{__package__}.warm", *modules])
         workers = limits.workers or max(1, len(os.sched_getaffinity(0)) // share)
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         for thread in self._threads:
