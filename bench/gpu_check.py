@@ -45,9 +45,8 @@ def main() -> int:
     if "step" in wish.only:
         parts["step"] = whole_step(TIMED_STEPS + 1)
         aims["step_ratio"] = aim(parts["step"]["ratio"], 1.5, "higher")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "vllm")}
-    show("gpu_check", aims, gpus=gpus, versions=versions, **parts)
+    show("gpu_check", aims, versions=versions, **parts)
     return 0 if all(result["finished"] for result in parts.get("rollouts", {}).get("runs", {}).values()) else 1
 
 

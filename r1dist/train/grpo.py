@@ -234,7 +234,6 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
             # A checkpoint held these rollouts, which nothing was trained on yet.
             self.clock.start("train")
             return self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self.generation_rows = generation_batch
         self.generated = None
         self.vllm_generation.look()
         with self.clock.phase("prepare"), self.correcting_late():
@@ -254,10 +253,6 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         self.rewards.begin(step, text, row)
 
     def _generate_and_score_completions(self, inputs):
-        with texts_gathered(self.log_completions):
-            scored = self._traced(inputs, super()._generate_and_score_completions(inputs))
-        if self.resampler is None or not self.model.training:
-            return scored
         theirs = super()._generate_and_score_completions
 
         def generate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -265,6 +260,9 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
             with texts_gathered(self.log_completions):
                 return self._traced(rows, theirs(rows))
 
+        scored = generate(inputs)
+        if self.resampler is None or not self.model.training:
+            return scored
         self.resampling = True
         try:
             return self.resampler.fill(inputs, scored, generate)
