@@ -204,6 +204,7 @@ def test_a_run_that_is_a_generation_ahead_loses_and_repeats_nothing(run_of, endp
     assert all(row["policy_version"] == row["step"] - 1 for row in rows if row["step"] not in {0, *resumed})
     steps = again.metrics()
     assert [line["step"] for line in steps] == list(range(1, 8))
+    assert all("sampling/outside_clip/mean" in line for line in steps)
     assert [line["rollout/staleness"] for line in steps] == [float(i not in {0, *resumed}) for i in range(7)]
     assert all(line["rollout/logp_diff"] < 0.02 for line in steps)
     assert all("seconds/old_logprobs" not in line for line in steps)

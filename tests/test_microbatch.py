@@ -18,6 +18,7 @@ from r1dist.parse import build
 from r1dist.rewards import Rewards
 from r1dist.train.grpo import arguments_of
 from r1dist.train.grpo import build as build_trainer
+from r1dist.train.importance import within_clip
 from r1dist.train.microbatch import Grouping, joined, logprobs_by_length, may_group, partition, regrouped, rows_of
 
 PROMPTS = (5, 17, 9, 30, 12, 6, 21, 8)
@@ -293,6 +294,59 @@ def test_the_importance_ratio_of_the_forward_itself_is_trls(loss_type, mode, tra
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=5e-6)
     assert (gradient - expected).norm() < 1e-5 * expected.norm() and expected.norm() > 1e-3
     assert not mode.endswith("mask") or (ratio == 0).any()
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_stale_rollouts_are_clipped_by_how_far_the_policy_went_since_they_were_drawn(
+    late, loss_type, trainer_of, scored
+):
+    """The gradient of TRL's clipped objective, its old policy being the one that drew the rollouts."""
+    trainer = trainer_of(loss_type=loss_type, beta=0.05)
+    sampling = scored["old_per_token_logps"]
+    _, expected = loss_and_gradient(trainer, split_tensor_dict(scored, 4))
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = trainer.clips_to_sampler = True
+    trainer.vllm_importance_sampling_mode = "token_truncate"
+    stale = {**scored, "sampling_per_token_logps": sampling}
+    if late:
+        del stale["old_per_token_logps"]
+    else:  # as where TRL makes the old logprobs when it takes the rollouts up
+        ids, mask = (torch.cat([stale[f"prompt_{end}"], stale[f"completion_{end}"]], 1) for end in ("ids", "mask"))
+        keep = stale["completion_ids"].size(1)
+        with torch.no_grad():
+            own = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep, 2)[0]
+        stale["old_per_token_logps"] = own
+        ratio = ((own - sampling) * stale["completion_mask"]).exp()
+        stale["importance_sampling_ratio"] = trainer.held_to_clip(ratio, own, stale)
+    trainer.corrects_late = late
+    _, gradient = loss_and_gradient(trainer, regrouped(split_tensor_dict(stale, 4), 4, Grouping(PADDING)))
+    trainer.corrects_late = trainer.vllm_importance_sampling_correction = trainer.clips_to_sampler = False
+    assert (gradient - expected).norm() < 1e-5 * expected.norm() and expected.norm() > 1e-3
+
+
+def test_what_the_clip_leaves_out():
+    r"""r > 1 + high that ought to grow, r < 1 - low that ought to shrink; what is not known counts as 1."""
+    ratios = torch.tensor([[0.7, 0.9, 1.3, 1.6], [0.7, 0.9, 1.3, 1.6], [0.1, torch.nan, 4.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    given = (ratios.log(), torch.zeros(3, 4), mask, advantages, 0.2, 0.5)
+    assert within_clip(*given, "token").tolist() == [[True, True, True, False], [False, True, True, True], [True] * 4]
+    # (0.7 * 0.9 * 1.3 * 1.6) ** (1 / 4) = 1.07
+    assert within_clip(*given, "sequence").tolist() == [[True], [True], [True]]
+    assert within_clip(*given[:-2], 0.2, 0.05, "sequence").tolist() == [[False], [True], [True]]
+
+
+def test_rollouts_that_outlive_a_step_are_clipped_as_they_are_taken_up(trainer_of):
+    """Where TRL makes the old logprobs, and not the loss."""
+    trainer = trainer_of(loss_type="dapo", beta=0.0)
+    trainer.vllm_importance_sampling_correction = trainer.clips_to_sampler = True
+    trainer.model.train()
+    rows = [trainer.train_dataset[0]] * SMALL_GRPO["num_generations"]
+    trainer.generation_rows = rows
+    scored = trainer._generate_and_score_completions(rows)
+    trainer.vllm_importance_sampling_correction = trainer.clips_to_sampler = False
+    assert "importance_sampling_ratio" in scored
+    assert trainer.tally.settle()["sampling/outside_clip/mean"] == 0.0
 
 
 def test_metrics_of_a_step_are_means_over_its_tokens(trainer_of, scored):

@@ -85,7 +85,6 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
 
     Args:
         make_engine: Builds the engine from this trainer, once TRL has prepared the model.
-        max_staleness: The YAML's `rollout.max_staleness`.
         dynamic_sampling: The YAML's `train.dynamic_sampling`.
         pass_rate: The YAML's `train.pass_rate`, which needs `traces`.
         rewards: What TRL's `reward_funcs` are made of; verification starts as rollouts arrive.
@@ -99,7 +98,6 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         make_engine: Callable[["GRPOTrainer"], Engine],
         rewards: Rewards,
         traces: TraceWriter | None,
-        max_staleness: int = 0,
         dynamic_sampling: int = 0,
         pass_rate: list[float] | None = None,
         **kwargs,
@@ -124,7 +122,7 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         )
         # From here on TRL takes its path for vLLM, which ends in our backend.
         self.use_vllm = True
-        self.vllm_generation = EngineBackend(self, make_engine(self), max_staleness)
+        self.vllm_generation = EngineBackend(self, make_engine(self), self.max_staleness)
         self._last_loaded_step = -1
         if isinstance(self.vllm_generation.engine, InProcessEngine):
             # It samples from the trained module itself: there is nothing to correct.
@@ -258,7 +256,10 @@ class GRPOTrainer(ResumableTrainer, TrainerOfGroups):
         def generate(rows: list[dict]) -> dict[str, torch.Tensor]:
             self.generation_rows = rows
             with texts_gathered(self.log_completions):
-                return self._traced(rows, theirs(rows))
+                scored = theirs(rows)
+            if (ratio := scored.get("importance_sampling_ratio")) is not None:  # else it is found in the loss
+                scored["importance_sampling_ratio"] = self.held_to_clip(ratio, scored["old_per_token_logps"], scored)
+            return self._traced(rows, scored)
 
         scored = generate(inputs)
         if self.resampler is None or not self.model.training:

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from .clock import PhaseClock
-from .importance import importance_ratio
+from .importance import CLIPPED, importance_ratio, within_clip
 from .microbatch import ROW_MEANS, Grouping, forwards_needed, logprobs_by_length, may_group
 from .packing import pack, unpack
 from .tally import Tally
@@ -25,10 +25,13 @@ class TrainerOfGroups(trl.GRPOTrainer):
     Args:
         token_budget: The YAML's `train.token_budget`.
         activation_offload: The YAML's `train.activation_offload`.
+        max_staleness: The YAML's `rollout.max_staleness`.
         **kwargs: `trl.GRPOTrainer`'s own arguments.
     """
 
-    def __init__(self, *, token_budget: int | None = None, activation_offload: bool = False, **kwargs):
+    def __init__(
+        self, *, token_budget: int | None = None, activation_offload: bool = False, max_staleness: int = 0, **kwargs
+    ):
         super().__init__(**kwargs)
         self._kept_apart = get_act_offloading_ctx_manager(self.model) if activation_offload else nullcontext()
         self.clock = PhaseClock()
@@ -36,6 +39,10 @@ class TrainerOfGroups(trl.GRPOTrainer):
         self.generation_every = self.args.steps_per_generation * self.num_iterations
         # Where each rollout is trained on before the policy moves, the old logprobs are those of its own forward.
         self.corrects_late = self.args.gradient_accumulation_steps % self.generation_every == 0
+        self.max_staleness = max_staleness
+        # TRL clips by how far the policy moves from where a generation is taken up; how far it had moved since the
+        # rollouts were drawn is left out. Without a bound on that, steps in a row overshoot: R1-Zero collapsed.
+        self.clips_to_sampler = max_staleness > 0 and self.loss_type in CLIPPED
         self.groups = may_group(self.args) and not self.aux_loss_enabled
         self._correcting: dict[str, torch.Tensor] | None = None
         self._packs = "flash" in (self.model.config._attn_implementation or "")
@@ -142,7 +149,7 @@ class TrainerOfGroups(trl.GRPOTrainer):
             logprobs, sampling, mask, self.vllm_importance_sampling_mode,
             self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max,
         )  # fmt: skip
-        batch["importance_sampling_ratio"] = ratio
+        batch["importance_sampling_ratio"] = self.held_to_clip(ratio, logprobs, batch)
         known = mask.bool() & ~sampling.isnan()
         apart = (logprobs - sampling).abs()[known]
         weights = ratio.flatten() if ratio.size(1) == 1 else ratio[mask.bool()]
@@ -151,3 +158,17 @@ class TrainerOfGroups(trl.GRPOTrainer):
             if values.numel():
                 self.tally.values[f"sampling/{name}/min"].append(values.min().item())
                 self.tally.values[f"sampling/{name}/max"].append(values.max().item())
+
+    def held_to_clip(
+        self, ratio: torch.Tensor, logprobs: torch.Tensor, batch: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """`ratio`, 0 where the policy has moved out of the clip range since stale rollouts were drawn."""
+        if not self.clips_to_sampler:
+            return ratio
+        mask = batch["completion_mask"]
+        inside = within_clip(
+            logprobs, batch["sampling_per_token_logps"], mask, batch["advantages"],
+            self.epsilon_low, self.epsilon_high, self.importance_sampling_level,
+        )  # fmt: skip
+        self.tally.add("sampling/outside_clip/mean", (~inside * mask).sum(), mask.sum())
+        return ratio * inside
