@@ -5,6 +5,7 @@ fragmentation and the CUDA context (about 1 GB together on a GPU).
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,25 +100,23 @@ def training_memory(
     if mixed and not under_deepspeed and width == 4:
         parts["bf16 copies (autocast)"] = 2 * count
     compute = 2 if mixed else width
+    rows = trl_value(run, "per_device_train_batch_size")
+    offload, generating = False, {}
     if isinstance(run, GRPORun):
         if trl_value(run, "beta"):
             parts["reference model"] = 0 if sharding.parameters_on_host else count * width // weights
         length = PROMPT_TOKENS + trl_value(run, "max_completion_length")
-    else:
-        length = trl_value(run, "max_length")
-    rows = trl_value(run, "per_device_train_batch_size")
-    checkpointed = trl_value(run, "gradient_checkpointing")
-    offload = isinstance(run, GRPORun) and run.train.activation_offload
-    tokens = rows * length
-    if isinstance(run, GRPORun) and run.train.token_budget is not None:
-        tokens = min(tokens, max(run.train.token_budget, length))
-    parts["activations (training)"] = activations(config, tokens, checkpointed, compute, offload)
-    if isinstance(run, GRPORun):
+        tokens = min(rows * length, max(run.train.token_budget or math.inf, length))
+        offload = run.train.activation_offload
         # ZeRO 3 gathers the whole model to generate.
         gathered = count * held if sharding.zero_stage >= 3 else 0
         cache = generation(config, min(run.rollout.batch_size, rows), length, width)
-        parts["cache and gathered weights (generation)"] = cache + gathered
-    return parts
+        generating = {"cache and gathered weights (generation)": cache + gathered}
+    else:
+        tokens = rows * trl_value(run, "max_length")
+    checkpointed = trl_value(run, "gradient_checkpointing")
+    training = {"activations (training)": activations(config, tokens, checkpointed, compute, offload)}
+    return parts | training | generating
 
 
 def activations(config: PretrainedConfig, tokens: int, checkpointed: bool, width: int, offload: bool = False) -> int:

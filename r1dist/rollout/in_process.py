@@ -1,19 +1,21 @@
 """The embedded engine: a decoding loop inside the training process.
 
 Each sample draws from a random generator of its own, so a rollout does not depend on what else is in the
-batch nor on how many ranks there are. Rows that have ended leave the batch and the cache. Simplified: no paged cache,
-and nobody joins a batch that is under way.
+batch nor on how many ranks there are. A prompt is read once for all of its samples. Rows that have ended leave the
+batch and the cache. Simplified: no paged cache, and nobody joins a batch that is under way.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
@@ -21,6 +23,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from ..config import Model
 from ..models import model_path, stop_ids
@@ -31,6 +34,10 @@ from .protocol import Request, Rollout, Sampling
 NOISE_BLOCK = 8192
 SHRINK = 0.75
 """Rows that have ended are taken out when this share of the batch is left: copying the cache costs about a step."""
+
+
+ROOM = 32
+"""Positions by which a full cache grows: transformers' own copies all of it for each token."""
 
 
 class SeededDraw:
@@ -68,6 +75,41 @@ class SeededDraw:
                 row.exponential_(generator=generator)
         self._drawn += 1
         return self._noise[:, place]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for tokens to come. `keys` and `values` show the part that is taken."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._all = [states[..., :0, :] for states in (key_states, value_states)]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        taken = self.get_seq_length()
+        needed = taken + key_states.shape[-2]
+        if needed > self._all[0].shape[-2]:
+            self._all = [F.pad(states[..., :taken, :], (0, 0, 0, needed + ROOM - taken)) for states in self._all]
+        for states, new in zip(self._all, (key_states, value_states), strict=True):
+            states[..., taken:needed, :] = new
+        self._show(needed)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        taken = self.get_seq_length()
+        self._all = [states[indices] for states in self._all]
+        self._show(taken)
+
+    def _show(self, taken: int) -> None:
+        self.keys, self.values = (states[..., :taken, :] for states in self._all)
+
+
+def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty one. Layers of other kinds (a sliding window) stay transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 class InProcessEngine:
@@ -115,29 +157,38 @@ class InProcessEngine:
 
     @torch.no_grad()
     def _decode(self, model: PreTrainedModel, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        longest = max(len(request.prompt_ids) for request in requests)
-        padded = [[self.pad_id] * (longest - len(r.prompt_ids)) + r.prompt_ids for r in requests]
-        ids = torch.tensor(padded, device=model.device)
-        mask = torch.tensor([[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
-        mask = mask.to(model.device)
+        prompts = list(dict.fromkeys(tuple(request.prompt_ids) for request in requests))
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         stops = torch.tensor(self.stop_ids, device=model.device)
         warpers = _warpers(sampling)
         draw = SeededDraw(None if sampling.temperature == 0 else [r.seed for r in requests], model.device)
-        cache = DynamicCache(config=model.config)
-        rows = torch.arange(len(requests), device=model.device)  # whose completion each row of the batch is
-        ended = torch.zeros_like(rows, dtype=torch.bool)
-        drawn, following = [], ids
-        for _ in range(sampling.max_tokens):
+        cache = roomy_cache(model.config)
+
+        def scores_after(tokens: torch.Tensor) -> torch.Tensor:
+            """[B, V]. The tokens go into the cache."""
             output = model(
-                input_ids=following, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
+                input_ids=tokens, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
-            tokens, logprobs = draw(warpers(ids, output.logits[:, -1].float()))
+            return output.logits[:, -1].float()
+
+        numbers = {prompt: number for number, prompt in enumerate(prompts)}
+        whose = torch.tensor([numbers[tuple(request.prompt_ids)] for request in requests], device=model.device)
+        scores = scores_after(ids)[whose]
+        cache.batch_select_indices(whose)
+        ids, mask, places = ids[whose], mask[whose], places[whose]
+        rows = torch.arange(len(requests), device=model.device)  # whose completion each row of the batch is
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        drawn = []
+        while True:
+            tokens, logprobs = draw(warpers(ids, scores))
             drawn.append((rows[~ended], tokens[~ended], logprobs[~ended]))
             ended |= torch.isin(tokens, stops)
             left = int((~ended).sum())
-            if left == 0:
+            if left == 0 or len(drawn) == sampling.max_tokens:
                 break
             following, places = tokens[:, None], places[:, -1:] + 1
             ids = torch.cat([ids, following], dim=1)
@@ -148,13 +199,14 @@ class InProcessEngine:
                 draw.keep(kept)
                 rows, ids, mask, places, following = (x[kept] for x in (rows, ids, mask, places, following))
                 ended = ended[kept]
+            scores = scores_after(following)
         completions: list[list[int]] = [[] for _ in requests]
-        scores: list[list[float]] = [[] for _ in requests]
+        of_tokens: list[list[float]] = [[] for _ in requests]
         for step in drawn:
             for row, token, logprob in zip(*(part.tolist() for part in step), strict=True):
                 completions[row].append(token)
-                scores[row].append(logprob)
-        return [self._rollout(*found) for found in zip(requests, completions, scores, strict=True)]
+                of_tokens[row].append(logprob)
+        return [self._rollout(*found) for found in zip(requests, completions, of_tokens, strict=True)]
 
     def _rollout(self, request: Request, ids: list[int], logprobs: list[float]) -> Rollout:
         reason = "stop" if ids[-1] in self.stop_ids else "length"
