@@ -63,8 +63,12 @@ def main() -> None:
 
 
 def table(seeds: list[int], runs: dict[str, list[dict]]) -> list[list[str]]:
-    """Greedy accuracy with its interval, by variant and seed; how old the rollouts were, and how long a run took."""
-    head = ["rollouts", *(f"accuracy, seed {seed}" for seed in seeds), "mean", "mean staleness", "minutes"]
+    """Greedy accuracy with its interval, by variant and seed; how old the rollouts were, and how long a run took.
+
+    Lowest format: the smallest share of well-formed completions in a step, of all seeds, after a third of the steps.
+    """
+    accuracies = [f"accuracy, seed {seed}" for seed in seeds]
+    head = ["rollouts", *accuracies, "mean", "lowest format", "mean staleness", "minutes"]
     rows = []
     for variant, of_seeds in runs.items():
         cells = ["{accuracy:.1%} [{0:.1%}, {1:.1%}]".format(*found["ci95"], **found) for found in of_seeds]
@@ -73,7 +77,9 @@ def table(seeds: list[int], runs: dict[str, list[dict]]) -> list[list[str]]:
             statistics.fmean(found.get(name, 0.0) for found in of_seeds)
             for name in ("accuracy", "rollout/staleness", "minutes")
         ]
-        rows.append([variant.replace("_", " "), *cells, f"{means[0]:.1%}", f"{means[1]:.2f}", f"{means[2]:.1f}"])
+        lowest = min(found["lowest_format"] for found in of_seeds)
+        more = [f"{means[0]:.1%}", f"{lowest:.1%}", f"{means[1]:.2f}", f"{means[2]:.1f}"]
+        rows.append([variant.replace("_", " "), *cells, *more])
     return [head, *rows]
 
 
@@ -119,7 +125,9 @@ def run(folder: Path, words: list[str]) -> dict:
         for name in ("rollout/staleness", "sampling/outside_clip/mean", "grad_norm")
         if any(name in line for line in steps)
     }
-    return {"accuracy": greedy["accuracy"], "ci95": greedy["ci95"], "minutes": round(minutes, 2), **logged}
+    late = [line["rewards/format/mean"] for line in steps[len(steps) // 3 :]]
+    found = {"accuracy": greedy["accuracy"], "ci95": greedy["ci95"], "lowest_format": round(min(late), 3)}
+    return {**found, "minutes": round(minutes, 2), **logged}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class TrainerOfGroups(trl.GRPOTrainer):
         self.corrects_late = self.args.gradient_accumulation_steps % self.generation_every == 0
         self.max_staleness = max_staleness
         # TRL clips by how far the policy moves from where a generation is taken up; how far it had moved since the
-        # rollouts were drawn is left out. Without a bound on that, steps in a row overshoot: R1-Zero collapsed.
+        # rollouts were drawn is left out. Without a bound on that, steps in a row overshoot: R1-Zero lost its format.
         self.clips_to_sampler = max_staleness > 0 and self.loss_type in CLIPPED
         self.groups = may_group(self.args) and not self.aux_loss_enabled
         self._correcting: dict[str, torch.Tensor] | None = None
