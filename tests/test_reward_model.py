@@ -14,7 +14,7 @@ from r1dist.parse import build
 from r1dist.rewards import Rewards
 from r1dist.rewards.model import ModelReward
 from r1dist.tiny import BASE_DIR, talk
-from r1dist.train.reward_model import label_dataset, pair_dataset
+from r1dist.train.reward_model import label_dataset, new_classifier, pair_dataset
 
 SMALL = {
     "model": {"path": "tiny"},
@@ -49,6 +49,15 @@ def test_they_learn_and_are_measured_on_rows_held_out(trained):
         scores = json.loads((trained / name / "evaluation.json").read_text())
         assert scores["rows"] > 200 and scores["accuracy"] > 0.7, (name, scores)
         assert scores["ci95"][0] < scores["accuracy"] < scores["ci95"][1]
+
+
+def test_a_classifiers_head_is_the_seeds_whatever_was_drawn_before(tokenizer):
+    heads = []
+    for seed, drawn in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(drawn)  # a process of its own begins anywhere
+        run = build(RewardModelRun, {**SMALL, **LABELS, "seed": seed, "output_dir": "unused"}, "test")
+        heads.append(new_classifier(run, tokenizer).score.weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 def test_helpfulness_reads_the_summary_alone_and_safety_everything(trained):

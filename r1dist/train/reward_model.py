@@ -15,6 +15,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     Trainer,
+    set_seed,
 )
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
@@ -72,7 +73,7 @@ def train(run: RewardModelRun) -> None:
             trainer = PairTrainer(model=model_path(run.model), **common)
         else:
             collator = DataCollatorWithPadding(tokenizer)
-            trainer = LabelTrainer(model=_classifier(run, tokenizer), data_collator=collator, **common)
+            trainer = LabelTrainer(model=new_classifier(run, tokenizer), data_collator=collator, **common)
         show_progress(trainer, COLUMNS)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
@@ -133,7 +134,9 @@ def _fitting(run: RewardModelRun, rows: Dataset) -> Dataset:
     return fitting
 
 
-def _classifier(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> AutoModelForSequenceClassification:
+def new_classifier(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> AutoModelForSequenceClassification:
+    """`run.model` with a head of one logit, drawn by the run's seed, as TRL does for pairs."""
+    set_seed(trl_value(run, "seed"))
     with suppress_seqcls_warning():
         return AutoModelForSequenceClassification.from_pretrained(
             model_path(run.model),
