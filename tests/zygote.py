@@ -6,6 +6,7 @@ JSON lines: {"run": script, "argv": [...], "env": {...}, "log": path} -> {"pid":
 import importlib.util
 import json
 import os
+import random
 import sys
 import traceback
 from pathlib import Path
@@ -39,6 +40,11 @@ def run(order: dict) -> None:
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     os.environ.update(order["env"])
+    import numpy as np  # here: the workers that verify import this file, too
+    import torch
+
+    for seed in (random.seed, np.random.seed, torch.seed):  # as a fresh process: from anywhere
+        seed()
     sys.argv = [order["run"], *order["argv"]]
     spec = importlib.util.spec_from_file_location("launcher", ROOT / "launch" / order["run"])
     module = importlib.util.module_from_spec(spec)
