@@ -325,7 +325,7 @@ def test_stale_rollouts_are_clipped_by_how_far_the_policy_went_since_they_were_d
 
 
 def test_what_the_clip_leaves_out():
-    r"""r > 1 + high that ought to grow, r < 1 - low that ought to shrink; what is not known counts as 1."""
+    """r > 1 + high that ought to grow, r < 1 - low that ought to shrink; what is not known counts as 1."""
     ratios = torch.tensor([[0.7, 0.9, 1.3, 1.6], [0.7, 0.9, 1.3, 1.6], [0.1, torch.nan, 4.0, 9.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
     advantages = torch.tensor([1.0, -1.0, 0.0])

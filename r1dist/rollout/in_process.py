@@ -34,8 +34,6 @@ from .protocol import Request, Rollout, Sampling
 NOISE_BLOCK = 8192
 SHRINK = 0.75
 """Rows that have ended are taken out when this share of the batch is left: copying the cache costs about a step."""
-
-
 ROOM = 32
 """Positions by which a full cache grows: transformers' own copies all of it for each token."""
 
@@ -157,7 +155,9 @@ class InProcessEngine:
 
     @torch.no_grad()
     def _decode(self, model: PreTrainedModel, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        prompts = list(dict.fromkeys(tuple(request.prompt_ids) for request in requests))
+        numbers: dict[tuple[int, ...], int] = {}
+        whose = [numbers.setdefault(tuple(request.prompt_ids), len(numbers)) for request in requests]
+        prompts = list(numbers)
         longest = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -175,8 +175,7 @@ class InProcessEngine:
             )  # fmt: skip
             return output.logits[:, -1].float()
 
-        numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        whose = torch.tensor([numbers[tuple(request.prompt_ids)] for request in requests], device=model.device)
+        whose = torch.tensor(whose, device=model.device)
         scores = scores_after(ids)[whose]
         cache.batch_select_indices(whose)
         ids, mask, places = ids[whose], mask[whose], places[whose]
