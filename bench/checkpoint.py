@@ -19,10 +19,10 @@ from datasets import Dataset
 from result import aim, show
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from r1dist.process import set_up_process
+from r1dist.run.checkpoints import checkpoints, damage
+from r1dist.run.process import set_up_process
+from r1dist.sft.train import SFTTrainer
 from r1dist.tiny import BASE_DIR
-from r1dist.train.checkpoints import checkpoints, damage
-from r1dist.train.sft import SFTTrainer
 
 
 def main() -> None:

@@ -31,18 +31,18 @@ def main() -> int:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: bench/gpu_check.py needs a GPU, and there is none here.", file=sys.stderr)
         return 2
     parts, aims = {}, {}
-    if "rollouts" in wish.only:
-        parts["rollouts"] = rollouts(wish)
-    if "training" in wish.only:
+    if "rollouts" in options.only:
+        parts["rollouts"] = rollouts(options)
+    if "training" in options.only:
         parts["training"] = training(ROUNDS, TIMED_STEPS)
         shares = [parts["training"][str(budget)]["peak_share"] for budget in BUDGETS]
         aims |= {} if None in shares else {"train_peak_share": aim(max(shares), 0.35, "higher")}
-    if "step" in wish.only:
+    if "step" in options.only:
         parts["step"] = whole_step(TIMED_STEPS + 1)
         aims["step_ratio"] = aim(parts["step"]["ratio"], 1.5, "higher")
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "vllm")}
@@ -50,23 +50,23 @@ def main() -> int:
     return 0 if all(result["finished"] for result in parts.get("rollouts", {}).get("runs", {}).values()) else 1
 
 
-def rollouts(wish: argparse.Namespace) -> dict:
+def rollouts(options: argparse.Namespace) -> dict:
     """A training with each way in which weights can reach the servers."""
     variants = {"shm": ["--rollout.transport", "shm"], "ipc": ["--rollout.transport", "ipc"]}
     variants["ipc, sleep"] = [*variants["ipc"], "--rollout.sleep", "true"]
     if torch.cuda.device_count() > 1:
         variants["nccl"] = ["--rollout.transport", "nccl"]
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: run(wish, Path(folder) / str(i), words) for i, (name, words) in enumerate(variants.items())}
-    return {"model": wish.model, "runs": runs, "not_run": [] if "nccl" in runs else ["nccl: needs a second GPU"]}
+        runs = {name: run(options, Path(folder) / str(i), words) for i, (name, words) in enumerate(variants.items())}
+    return {"model": options.model, "runs": runs, "not_run": [] if "nccl" in runs else ["nccl: needs a second GPU"]}
 
 
-def run(wish: argparse.Namespace, output: Path, words: list[str]) -> dict:
+def run(options: argparse.Namespace, output: Path, words: list[str]) -> dict:
     """One training run, as a user would start it."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/single_gpu.yaml",
-        "launch/grpo.py", "--config", RECIPE, "--model.path", wish.model, "--rollout.engine", "vllm",
-        "--max_steps", str(wish.steps), "--output_dir", str(output), *words,
+        "launch/grpo.py", "--config", RECIPE, "--model.path", options.model, "--rollout.engine", "vllm",
+        "--max_steps", str(options.steps), "--output_dir", str(output), *words,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
     metrics = output / "metrics.jsonl"

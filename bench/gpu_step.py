@@ -16,9 +16,9 @@ import yaml
 from step import GROUP, MICRO, PROMPTS, Bench, compare
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
 
+from r1dist.cluster.plan import QWEN_HALF_BILLION, Sharding, peak, training_memory
 from r1dist.config import GRPORun, Verify
-from r1dist.parse import build
-from r1dist.report.plan import QWEN_HALF_BILLION, Sharding, peak, training_memory
+from r1dist.config.loader import build
 from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
 from r1dist.tiny import BASE_DIR

@@ -26,9 +26,9 @@ from result import aim, show
 from r1dist.config import Verify
 from r1dist.data.formats import gold_answer
 from r1dist.rewards import VERIFIERS
-from r1dist.rewards.accuracy import accuracy
+from r1dist.rewards.code.sandbox import python, require_sandbox, run
+from r1dist.rewards.math.accuracy import accuracy
 from r1dist.rewards.pool import Pool
-from r1dist.rewards.sandbox import python, require_sandbox, run
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 ANSWERS = 1024
@@ -42,7 +42,7 @@ HOSTILE = ("9^{9^{9^9}}", "10!!!!!!!!", "(" * 5000 + "1" + ")" * 5000, "\\binom{
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     from datasets import load_dataset  # here: the workers import this file, too
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would print the hostile answers, whole
@@ -56,7 +56,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"loop": [], "pool": [], "loop hostile": [], "pool hostile": []}
     stuck = [STUCK if place % 100 == 0 else text for place, text in enumerate(clean)]
     over = []
-    for _ in range(wish.rounds):
+    for _ in range(options.rounds):
         for name, texts in (("", clean), (" hostile", mixed)):
             seconds[f"loop{name}"].append(timed(by_loop, texts, golds))
             # Another pool each time: workers remember what they have parsed.

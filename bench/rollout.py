@@ -21,11 +21,11 @@ from result import aim, show
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
-from r1dist.process import set_up_process
-from r1dist.rollout.protocol import Request, Sampling, generate, sample_seed
-from r1dist.rollout.servers.engine import Policy, ServerEngine
-from r1dist.rollout.servers.start import connect, start_managed
-from r1dist.rollout.weights.source import WeightSource
+from r1dist.generation.engine import Request, Sampling, generate, sample_seed
+from r1dist.generation.vllm.engine import Policy, ServerEngine
+from r1dist.generation.vllm.start import connect, start_managed
+from r1dist.generation.weight_sync.source import WeightSource
+from r1dist.run.process import set_up_process
 from r1dist.tiny import BASE_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ def requests(step: int, prompts: int, samples: int) -> list[Request]:
 def engine_over(rollout: Rollout, model, folder: Path, stops: list[int]) -> ServerEngine:
     policy = Policy(
         lambda tokens: [0.0] * (len(tokens) - 1), probe=[20, 21], probe_tokens=0, stop_ids=stops, rank=0,
-        share=lambda value: value,
+        broadcast=lambda value: value,
     )  # fmt: skip
     return connect(rollout, folder / "servers", WeightSource(model, torch.float32), policy, world_size=1)
 
@@ -130,7 +130,9 @@ def overhead(folder: Path, model, speed: float) -> tuple[float, dict]:
     stub = subprocess.Popen([sys.executable, "-c", serve_stub], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         url = stub.stdout.readline().strip()
-        rollout = Rollout(engine="vllm", servers=url, transport="shm", max_logp_diff=1e9, in_flight=OVERHEAD_SAMPLES)
+        rollout = Rollout(
+            engine="vllm", servers=url, transport="shm", max_logp_diff=1e9, max_concurrent_requests=OVERHEAD_SAMPLES
+        )
         engine = engine_over(rollout, model, folder, [])
         engine.sync_weights(0)
         seconds, cpu, memory = [], [], []

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from result import aim, show
 
-from r1dist.config import Data, Model, Prompting, Rollout, SampleRun, Source, Way
+from r1dist.config import Data, Generator, Model, Prompting, Rollout, SampleRun, Source
 from r1dist.config import Sampling as SamplingSettings
-from r1dist.curate.draw import fill, requests_of, way_prompts
 from r1dist.files import read_lines
+from r1dist.generation.engine import Sampling, generate
+from r1dist.generation.inference import fixed_engine
 from r1dist.models import load_tokenizer
-from r1dist.process import set_up_process
 from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
-from r1dist.rollout.fixed import fixed_engine
-from r1dist.rollout.protocol import Sampling, generate
+from r1dist.run.process import set_up_process
+from r1dist.sampling.draw import fill, generator_prompts, requests_of
 
 SAMPLES, MAX_TOKENS = 8, 112
 
@@ -32,27 +32,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=256)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     set_up_process()
-    way = Way(
+    generator = Generator(
         name="bench",
         model=Model(path="tiny"),
-        data=Data(sources=[Source(path="tiny", limit=wish.prompts)]),
+        data=Data(sources=[Source(path="tiny", limit=options.prompts)]),
         prompting=Prompting(prefill="<think>"),
         sampling=SamplingSettings(samples=SAMPLES, max_tokens=MAX_TOKENS),
     )
-    run = SampleRun(output_dir="unused", ways=[way], rollout=Rollout(engine="vllm"))
-    tokenizer = load_tokenizer(way.model)
-    prompts = way_prompts(way, tokenizer)
+    run = SampleRun(output_dir="unused", generators=[generator], rollout=Rollout(engine="vllm"))
+    tokenizer = load_tokenizer(generator.model)
+    prompts = generator_prompts(generator, tokenizer)
     requests = requests_of(run, 0, prompts, tokenizer)
     rates: dict[str, list[float]] = {"engine": [], "sampling": []}
     with (
         tempfile.TemporaryDirectory() as name,
-        fixed_engine(run.rollout, way.model, tokenizer, 256, Path(name)) as engine,
+        fixed_engine(run.rollout, generator.model, tokenizer, 256, Path(name)) as engine,
         Pool(VERIFIERS, run.verify) as pool,
     ):
         generate(engine, requests, Sampling(MAX_TOKENS))  # the first one warms up
-        for number in range(wish.rounds):
+        for number in range(options.rounds):
             began = time.perf_counter()
             rollouts = generate(engine, requests, Sampling(MAX_TOKENS))
             rates["engine"].append(sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - began))

@@ -23,7 +23,7 @@ from result import aim, show
 from rollout import random_model
 from step import ENDS
 
-from r1dist.process import set_up_process
+from r1dist.run.process import set_up_process
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, WARM_UP = 5, 2
@@ -221,7 +221,7 @@ def main() -> None:
     set_up_process()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no_runs", action="store_true", help="only the table")
-    wish = parser.parse_args()
+    options = parser.parse_args()
     counts = [2**power for power in range(11)]
     best = {}
     for model in MODELS:
@@ -234,7 +234,7 @@ def main() -> None:
             )  # fmt: skip
             print(f"{model:>5} on {gpus:5} GPUs: {told}", file=sys.stderr)
     on_paper = {"chip": CHIP, "load": asdict(PAPER_LOAD), "best": best}
-    if wish.no_runs:
+    if options.no_runs:
         show("scale", {}, on_paper=on_paper)
         return
     here = check_here()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from result import aim, show
 
-from r1dist.rollout.servers.endpoints import read
+from r1dist.generation.vllm.endpoints import read
 
 ROOT = Path(__file__).resolve().parents[1]
 UNCORRECTED = "four_behind_uncorrected"
@@ -41,15 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as name, server(Path(name) / "endpoints.json") as endpoints:
-        for seed in wish.seeds:
+        for seed in options.seeds:
             for variant, words in VARIANTS.items():
-                if variant == UNCORRECTED and seed != wish.seeds[0]:
+                if variant == UNCORRECTED and seed != options.seeds[0]:
                     continue
                 folder = Path(name) / f"{variant}-{seed}"
-                words = [*words, "--seed", str(seed), "--max_steps", str(wish.steps)]
+                words = [*words, "--seed", str(seed), "--max_steps", str(options.steps)]
                 runs[variant].append(run(folder, ["--rollout.servers", str(endpoints), *words]))
                 print(f"{variant}, seed {seed}: {runs[variant][-1]}", file=sys.stderr, flush=True)
 
@@ -57,9 +57,9 @@ def main() -> None:
         pairs = zip(runs[variant], runs["on_policy"], strict=True)
         return sum(ours["accuracy"] >= theirs["ci95"][0] for ours, theirs in pairs)
 
-    seeds = len(wish.seeds)
+    seeds = len(options.seeds)
     aims = {variant: aim(within(variant), seeds, "higher") for variant in ("one_behind", "four_behind")}
-    show("staleness", aims, seeds=wish.seeds, steps=wish.steps, table=table(wish.seeds, runs), runs=runs)
+    show("staleness", aims, seeds=options.seeds, steps=options.steps, table=table(options.seeds, runs), runs=runs)
 
 
 def table(seeds: list[int], runs: dict[str, list[dict]]) -> list[list[str]]:

@@ -37,16 +37,17 @@ from rollout import random_model
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from r1dist.config import Rollout as RolloutSettings
-from r1dist.config import Serve, Verify
-from r1dist.process import set_up_process
-from r1dist.reward_fields import Reward
+from r1dist.config import Serve, TrainRL, Verify
+from r1dist.config.rewards import Reward
+from r1dist.data.length_groups import partition
+from r1dist.files import SERVERS
+from r1dist.generation.engine import Request, Rollout
+from r1dist.generation.trainer_engines import local_engine, server_engine
+from r1dist.generation.vllm.start import start_managed
 from r1dist.rewards import VERIFIERS, Rewards
 from r1dist.rewards.pool import Pool
-from r1dist.rollout.protocol import Request, Rollout
-from r1dist.rollout.servers.start import start_managed
-from r1dist.train.engines import in_process_engine, server_engine
-from r1dist.train.grpo import GRPOTrainer
-from r1dist.train.microbatch import partition
+from r1dist.rl.trainer import GRPOTrainer
+from r1dist.run.process import set_up_process
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, GROUP, MICRO = 8, 8, 8
@@ -123,7 +124,7 @@ class Given:
         for place, (request, ids) in enumerate(zip(requests, given, strict=True)):
             yield place, Rollout(request, ids, [0.0] * len(ids), "stop", 0)
 
-    def rest(self) -> None:
+    def end_generation(self) -> None:
         pass
 
     def metrics(self) -> dict:
@@ -133,9 +134,20 @@ class Given:
         pass
 
 
-def reward(completion_ids, **_) -> list[float]:
+def reward(completions, **_) -> list[float]:
     """Something that differs within a group and takes no time."""
-    return [(sum(ids) % 7) / 6 for ids in completion_ids]
+    return [(sum(map(ord, text)) % 7) / 6 for text in completions]
+
+
+class OneReward(Rewards):
+    """`reward`, as our trainer asks for it."""
+
+    def __init__(self, pool: Pool):
+        super().__init__({"format": Reward()}, pool)
+        self.rewards = {"reward": Reward()}
+
+    def score(self, rollout_ids, step, texts, rows) -> dict[str, list[float]]:
+        return {"reward": reward(texts)}
 
 
 class Bench:
@@ -165,7 +177,9 @@ class Bench:
             {"prompt": "".join(chr(97 + (7 * p + k * (1 + p // 26)) % 26) for k in range(24 + p % 8)), "prompt_id": p}
             for p in range(prompts)
         ]
-        ids = [self.tokenizer(row["prompt"])["input_ids"] for row in rows]
+        for row in rows:
+            row["prompt_ids"] = self.tokenizer(row["prompt"])["input_ids"]
+        ids = [row["prompt_ids"] for row in rows]
         return Dataset.from_list(rows), Given(ids, len(self.tokenizer), longest)
 
     def arguments(self, longest: int, prompts: int = PROMPTS, **changes: Any) -> trl.GRPOConfig:
@@ -189,7 +203,7 @@ class Bench:
 
     def ours(self, longest: int, given: bool, **settings: Any) -> Clock:
         def make_engine(trainer):
-            return self.given if given else in_process_engine(PROMPTS * GROUP, trainer)
+            return self.given if given else local_engine(PROMPTS * GROUP, trainer)
 
         return self._ours(make_engine, self.arguments(longest), self.dataset, **settings)
 
@@ -197,14 +211,14 @@ class Bench:
         dataset, given = self.problem(prompts, longest)
         return self._ours(lambda _: given, self.arguments(longest, prompts), dataset), given
 
-    def ahead(self, longest: int, rollout: RolloutSettings, servers: Path) -> Clock:
+    def ahead(self, longest: int, rollout: RolloutSettings) -> Clock:
         """Trainer and server each on a core of their own."""
         cores = os.sched_getaffinity(0)
         threads = torch.get_num_threads()
         os.sched_setaffinity(0, {max(cores)})
         torch.set_num_threads(1)
         try:
-            engine = functools.partial(server_engine, rollout, servers, "float32", [20, 21])
+            engine = functools.partial(server_engine, rollout, "float32", [20, 21])
             corrected = {
                 "vllm_importance_sampling_correction": True,
                 "vllm_importance_sampling_mode": "token_truncate",
@@ -215,21 +229,21 @@ class Bench:
             os.sched_setaffinity(0, cores)
             torch.set_num_threads(threads)
 
-    def _ours(self, make_engine, arguments: trl.GRPOConfig, dataset: Dataset, **settings) -> Clock:
+    def _ours(
+        self, make_engine, arguments: trl.GRPOConfig, dataset: Dataset, max_staleness: int = 0, **settings
+    ) -> Clock:
         trainer = GRPOTrainer(
             make_engine=make_engine,
-            rewards=Rewards({"repetition": Reward()}, self.pool),
-            traces=None,
-            stall_timeout=1800,
+            rewards=OneReward(self.pool),
+            settings=TrainRL(**settings),
+            max_staleness=max_staleness,
             model=str(self.path),
-            reward_funcs=[reward],
             args=arguments,
             train_dataset=dataset,
             processing_class=self.tokenizer,
-            **settings,
         )
         clock = self._timed(trainer)
-        trainer.vllm_generation.close()
+        trainer.close()
         return clock
 
     def _timed(self, trainer) -> Clock:
@@ -277,10 +291,10 @@ def phases(clock: Clock) -> dict[str, float]:
 def overlap(bench: Bench, rounds: int) -> dict:
     serve = Serve(replicas=1, cores=1, dtype="float32", max_model_len=LONGEST)
     rollout = RolloutSettings(engine="vllm", max_staleness=1, max_logp_diff=1e9, serve=serve)
-    folder = bench.folder / "servers"
+    folder = bench.folder / "out" / SERVERS
     servers = start_managed(rollout, str(bench.path), "float32", LONGEST, folder, trainers=1)
     try:
-        return compare(bench, rounds, LONGEST // 2, False, lambda: bench.ahead(LONGEST // 2, rollout, folder))
+        return compare(bench, rounds, LONGEST // 2, False, lambda: bench.ahead(LONGEST // 2, rollout))
     finally:
         servers.stop()
 
@@ -340,18 +354,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     set_up_process()
     with tempfile.TemporaryDirectory() as folder, Pool(VERIFIERS, Verify(workers=1)) as pool:
-        bench = Bench(Path(folder), pool, wish.steps)
+        bench = Bench(Path(folder), pool, options.steps)
         measure = {
-            "train": lambda: compare(bench, wish.rounds, LONGEST, given=True),
-            "step": lambda: compare(bench, wish.rounds, LONGEST // 2, given=False),
-            "overlap": lambda: overlap(bench, wish.rounds),
-            "growth": lambda: growth(bench, wish.rounds),
-            "ranks": lambda: ranks(wish.rounds, wish.steps),
+            "train": lambda: compare(bench, options.rounds, LONGEST, given=True),
+            "step": lambda: compare(bench, options.rounds, LONGEST // 2, given=False),
+            "overlap": lambda: overlap(bench, options.rounds),
+            "growth": lambda: growth(bench, options.rounds),
+            "ranks": lambda: ranks(options.rounds, options.steps),
         }
-        parts = {name: measure[name]() for name in wish.only}
+        parts = {name: measure[name]() for name in options.only}
     aims = {f"{name}_ratio": aim(parts[name]["ratios"], AIMS[name], "higher") for name in AIMS if name in parts}
     for name, ratios in parts.get("growth", {}).get("growth", {}).items():
         aims[f"growth_{name}"] = aim(ratios, 1.15, "lower")

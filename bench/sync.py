@@ -19,11 +19,11 @@ from result import aim, show
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.config import Rollout, Serve
-from r1dist.process import set_up_process
-from r1dist.rollout.protocol import Request, Sampling, generate, sample_seed
-from r1dist.rollout.servers.engine import Policy, ServerEngine
-from r1dist.rollout.servers.start import connect, start_managed
-from r1dist.rollout.weights.source import WeightSource
+from r1dist.generation.engine import Request, Sampling, generate, sample_seed
+from r1dist.generation.vllm.engine import Policy, ServerEngine
+from r1dist.generation.vllm.start import connect, start_managed
+from r1dist.generation.weight_sync.source import WeightSource
+from r1dist.run.process import set_up_process
 from r1dist.tiny import BASE_DIR
 
 # Name -> (vocabulary, hidden, intermediate, layers, heads, key-value heads); the last is Qwen2.5-0.5B's shape.
@@ -41,14 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
-    wish = parser.parse_args()
+    options = parser.parse_args()
     sizes = {}
-    for size in wish.sizes:
+    for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            sizes[size] = measure(size, Path(folder), wish.rounds, with_step=size == wish.sizes[-1])
+            sizes[size] = measure(size, Path(folder), options.rounds, with_step=size == options.sizes[-1])
             print(size, sizes[size], file=sys.stderr)
-    share = sizes[wish.sizes[-1]]["share_of_step"]
-    aims = {"shm_share": aim(share, 0.05, "lower")} if wish.sizes[-1] == "0.5B" else {}
+    share = sizes[options.sizes[-1]]["share_of_step"]
+    aims = {"shm_share": aim(share, 0.05, "lower")} if options.sizes[-1] == "0.5B" else {}
     show("sync", aims, transport="shm", dtype="bfloat16", sizes=sizes)
 
 
@@ -62,7 +62,7 @@ def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
             logprobs = model(torch.tensor([tokens])).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1).tolist()
 
-    policy = Policy(score, probe=list(range(20, 40)), probe_tokens=16, stop_ids=[], rank=0, share=lambda v: v)
+    policy = Policy(score, probe=list(range(20, 40)), probe_tokens=16, stop_ids=[], rank=0, broadcast=lambda v: v)
     engine = connect(rollout, folder / "servers", WeightSource(model, torch.bfloat16), policy, world_size=1)
     try:
         seconds = [timed(lambda step=step: engine.sync_weights(step)) for step in range(rounds + 1)][1:]

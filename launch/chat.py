@@ -5,10 +5,10 @@ With `--prompt` it answers once; fed by a pipe, it answers each line.
 
 import sys
 
-from r1dist.chat import converse
 from r1dist.config import ChatRun
+from r1dist.config.loader import parse
 from r1dist.errors import run_cli
-from r1dist.parse import parse
+from r1dist.evaluation.chat import converse
 
 
 def main(argv: list[str]) -> None:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from r1dist.config import EvaluateRun
+from r1dist.config.loader import parse
 from r1dist.errors import run_cli
-from r1dist.parse import parse
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "evaluate.yaml"
 
@@ -14,10 +14,10 @@ DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" /
 def main(argv: list[str]) -> None:
     run = parse(EvaluateRun, argv, DEFAULT)
     if run.dry_run:
-        from r1dist.report.plan import print_plan
+        from r1dist.cluster.plan import print_plan
 
         return print_plan(run)
-    from r1dist.evaluate.evaluate import evaluate
+    from r1dist.evaluation.evaluate import evaluate
 
     print(json.dumps(evaluate(run), indent=2))
 

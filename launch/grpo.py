@@ -1,11 +1,12 @@
 """R1-Zero and every later RL stage: `accelerate launch launch/grpo.py --config FILE [--field value ...]`."""
 
+import os
 import sys
 from pathlib import Path
 
 from r1dist.config import GRPORun
+from r1dist.config.loader import config_path, parse
 from r1dist.errors import run_cli
-from r1dist.parse import check_groups, choose_default, config_path, parse
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
@@ -13,14 +14,15 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 def main(argv: list[str]) -> None:
     default = None
     if config_path(argv) is None:
+        from r1dist.run.process import choose_default
+
         default = choose_default(RECIPES / "qwen2.5-0.5b" / "r1_zero.yaml", RECIPES / "tiny" / "r1_zero.yaml")
-    run = parse(GRPORun, argv, default)
-    check_groups(run)
+    run = parse(GRPORun, argv, default, processes=int(os.environ.get("WORLD_SIZE", "1")))
     if run.dry_run:
-        from r1dist.report.plan import print_plan
+        from r1dist.cluster.plan import print_plan
 
         return print_plan(run)
-    from r1dist.train.grpo import train
+    from r1dist.rl.train import train
 
     train(run)
 

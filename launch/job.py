@@ -23,16 +23,16 @@ def main(argv: list[str]) -> None:
     kind, arguments = (argv[0], argv[1:]) if argv else ("", [])
     if kind not in KINDS:
         raise UserError(f"`{kind}` is not something to run; the first word is one of {', '.join(KINDS)}.")
-    from r1dist.recipe.cluster import Cluster
-    from r1dist.recipe.conduct import Conductor, PipelineJob
+    from r1dist.cluster.allocation import Cluster
+    from r1dist.cluster.job_launcher import JobLauncher, PipelineJob
 
     pipeline = kind == "pipeline"
-    work = PipelineJob(arguments, RECIPE, heard) if pipeline else Conductor(kind, arguments, Cluster.here(), heard)
-    if work.run.dry_run:
+    work = PipelineJob(arguments, RECIPE, heard) if pipeline else JobLauncher(kind, arguments, Cluster.here(), heard)
+    if work.config.dry_run:
         print(work.plan())
         return
     try:
-        work.go()
+        work.run()
     except RunStopped as stopped:
         # SLURM's warning that the time is nearly over; somebody who cancels does not want it back.
         if stopped.code == EXIT_INTERRUPTED and signal.SIGUSR1 in heard and "SLURM_JOB_ID" in os.environ:

@@ -1,15 +1,15 @@
 """A whole recipe as one command: `python launch/pipeline.py --config FILE [--until STAGE] [--dry_run]`.
 
-Started again after whatever ended it, it goes on where it was. `--slurm job` or `--slurm chain` submits it.
+Started again, whatever ended it, it continues. `--slurm job` or `--slurm chain` submits it.
 """
 
 import shlex
 import sys
 from pathlib import Path
 
+from r1dist.config.loader import config_path, parse
+from r1dist.config.pipeline import PipelineRun
 from r1dist.errors import run_cli
-from r1dist.parse import config_path, parse
-from r1dist.recipe_fields import PipelineRun
 
 LAUNCH = Path(__file__).resolve().parent
 DEFAULT = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"
@@ -17,8 +17,8 @@ DEFAULT = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"
 
 def main(argv: list[str]) -> None:
     run = parse(PipelineRun, argv, DEFAULT)
-    from r1dist.recipe.graph import Graph
-    from r1dist.recipe.runner import Runner
+    from r1dist.pipeline.graph import Graph
+    from r1dist.pipeline.runner import Runner
 
     graph = Graph(run, config_path(argv, DEFAULT).parent, LAUNCH)
     if run.slurm is not None:
@@ -27,13 +27,13 @@ def main(argv: list[str]) -> None:
     if run.dry_run:
         print(runner.plan())
         return
-    runner.go()
+    runner.run()
     print(f"\nWritten to {runner.folder / 'summary.json'}; open {runner.folder / 'report.html'} in a browser.")
 
 
 def to_slurm(graph, argv: list[str]) -> None:
     """Submit the recipe, or with `--dry_run` print how."""
-    from r1dist.recipe.submit import submissions, submit
+    from r1dist.pipeline.submit import submissions, submit
 
     rest = [*argv, "--slurm", "null", "--dry_run", "false"]  # the job must not submit itself again
     script = LAUNCH / "slurm" / "pipeline.slurm"

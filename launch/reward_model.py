@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from r1dist.config import RewardModelRun
+from r1dist.config.loader import parse
 from r1dist.errors import run_cli
-from r1dist.parse import parse
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "reward_helpfulness.yaml"
 
@@ -13,10 +13,10 @@ DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" /
 def main(argv: list[str]) -> None:
     run = parse(RewardModelRun, argv, DEFAULT)
     if run.dry_run:
-        from r1dist.report.plan import print_plan
+        from r1dist.cluster.plan import print_plan
 
         return print_plan(run)
-    from r1dist.train.reward_model import train
+    from r1dist.reward_models.train import train
 
     train(run)
 

@@ -10,20 +10,20 @@ import sys
 from pathlib import Path
 
 from r1dist.config import ServeRun
+from r1dist.config.loader import parse, split_arguments
 from r1dist.errors import UserError, run_cli
 from r1dist.logs import set_up_logging
-from r1dist.parse import parse, split_arguments
 
 
 def main(argv: list[str]) -> None:
     ours, others = split_arguments(ServeRun, argv)
     run = parse(ServeRun, ours)
     run.arguments += others
-    from r1dist.rollout.servers.start import plan_serve, require_vllm
+    from r1dist.generation.vllm.start import plan_serve, require_vllm
 
     model, transport = plan_serve(run)
     if run.dry_run:
-        from r1dist.rollout.servers.command import command
+        from r1dist.generation.vllm.command import command
 
         for _ in range(run.replicas):
             print(shlex.join(command(run, model, transport, port=0)))
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
     path = Path(run.endpoints)
     if path.exists():
         raise UserError(f"--endpoints: {path} is there already; its servers may be running. Stop them, or remove it.")
-    from r1dist.rollout.servers.endpoints import token_of
-    from r1dist.rollout.servers.supervisor import Supervisor
+    from r1dist.generation.vllm.endpoints import token_of
+    from r1dist.generation.vllm.supervisor import Supervisor
 
     set_up_logging(logging.INFO)
     token = None if run.token_file is None else token_of(run.token_file, "--token_file")

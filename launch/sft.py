@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from r1dist.config import SFTRun
+from r1dist.config.loader import config_path, parse
 from r1dist.errors import run_cli
-from r1dist.parse import choose_default, config_path, parse
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
@@ -13,13 +13,15 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 def main(argv: list[str]) -> None:
     default = None
     if config_path(argv) is None:
+        from r1dist.run.process import choose_default
+
         default = choose_default(RECIPES / "qwen2.5-0.5b" / "sft.yaml", RECIPES / "tiny" / "sft.yaml")
     run = parse(SFTRun, argv, default)
     if run.dry_run:
-        from r1dist.report.plan import print_plan
+        from r1dist.cluster.plan import print_plan
 
         return print_plan(run)
-    from r1dist.train.sft import train
+    from r1dist.sft.train import train
 
     train(run)
 

@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, for a reason outside of it. The message says what happened and what is left."""
+    """A run that cannot continue, for a reason outside of it. The message gives the reason and what was saved."""
 
     code = EXIT_STOPPED
 
@@ -56,6 +56,6 @@ def run_cli(main: Callable[[list[str]], None]) -> int:
         if error.errno != errno.ENOSPC:
             raise
         where = error.filename or "no file is named"
-        print(f"stopped: the disk is full ({where}). Make room; the same command goes on.", file=sys.stderr)
+        print(f"stopped: the disk is full ({where}). Make room; the same command continues.", file=sys.stderr)
         return EXIT_STOPPED
     return 0

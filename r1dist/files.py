@@ -1,9 +1,10 @@
-"""Files that are whole or absent, and a run's folder, which belongs to one run."""
+"""Atomic files, and the folder of a run, which belongs to one run."""
 
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -11,11 +12,13 @@ from pathlib import Path
 
 from .errors import UserError
 
-MARK, LOCK = "run.json", ".lock"
+RUN_FILE, LOCK = "run.json", ".lock"
 METRICS = "metrics.jsonl"  # a line for each logged step
-SUMS = "checksums.json"  # the last file of a checkpoint: with it, it is whole
+CHECKSUMS = "checksums.json"  # the last file of a checkpoint: with it, it is whole
 ENDED = "ended.json"  # why a run stopped before its end
 STOP = "stop"  # put there, it asks the run to save and stop, as a signal does
+REFERENCE = "reference.safetensors"  # the reference model, once it was reset
+TRACES = "traces"  # folder: a line for each rollout, one file for each rank
 LOGS, SERVERS = "logs", "servers"  # folders that may be there before the run begins
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")
 
@@ -23,39 +26,39 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets
 def check_folder(folder: Path, resume: bool) -> None:
     """Raises `UserError` if `folder` holds another run and `resume` is off, or holds none and it is on."""
     if resume:
-        if not (folder / MARK).exists():
+        if not (folder / RUN_FILE).exists():
             raise UserError(f"output_dir {folder} holds no run to resume. Leave out --resume to start one.")
     elif folder.is_dir() and any(path.name not in (LOCK, STOP, LOGS, SERVERS) for path in folder.iterdir()):
         raise UserError(
             f"output_dir {folder} already holds a run or other files.\n"
-            "Pass --resume to go on with it, or choose another --output_dir."
+            "Pass --resume to continue it, or choose another --output_dir."
         )
 
 
-def sign(folder: Path, launcher: str, config: dict) -> None:
-    """Write down which configuration and which versions are at work in `folder`."""
-    write_json(folder / MARK, {"launcher": launcher, "config": config, "versions": versions()})
+def write_run_file(folder: Path, launcher: str, config: dict) -> None:
+    """Record the configuration and the versions in `folder`."""
+    write_json(folder / RUN_FILE, {"launcher": launcher, "config": config, "versions": versions()})
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that decide what a run comes to."""
+    """The versions of the packages that affect a run's result."""
     return {name: version(name) for name in PACKAGES}
 
 
 def write_json(path: Path, content: dict, mode: int = 0o644) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.touch(mode)
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.touch(mode)
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 @contextmanager
-def owned(folder: Path, wait: bool = False) -> Iterator[None]:
-    """`folder` is made, and belongs to this process until the end of the context, or its death.
+def lock_run_dir(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Create `folder` and lock it until the end of the context or of this process.
 
-    If a living process has it, waits for it, or raises `UserError`.
+    If another process holds the lock, waits for it, or raises `UserError`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,7 @@ def append_lines(path: Path, rows: list[dict]) -> None:
 
 
 def mend_lines(path: Path) -> None:
-    """Cut off a last line that was not written to its end."""
+    """Remove an incomplete last line."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -109,3 +112,12 @@ def read_lines(path: Path) -> Iterator[dict]:
                 yield json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}: line {number} is damaged. Remove that line and start again.") from error
+
+
+def link(source: Path, target: Path) -> None:
+    """`target` becomes the same file as `source`, or a copy where a file system has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

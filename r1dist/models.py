@@ -1,4 +1,4 @@
-"""Where a model lies, and what can be known of it before its weights are loaded."""
+"""A model's path, tokenizer and configuration, before its weights are loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ from .tiny import EMBEDDED
 
 
 def model_path(model: Model) -> str:
-    """Where the weights lie: `tiny` and `tiny-small` are the embedded bases."""
+    """The path of the weights: `tiny` and `tiny-small` are the embedded bases."""
     return str(EMBEDDED.get(model.path, model.path))
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model`; raises `UserError` if it is not to be had."""
+    """The tokenizer of `model`; raises `UserError` if it cannot be loaded."""
     path = model.tokenizer or model_path(model)
     return _load(AutoTokenizer, path, "model.tokenizer" if model.tokenizer else "model.path")
 
 
 def load_model_config(model: Model) -> PretrainedConfig:
-    """The architecture's configuration, without weights; raises `UserError` if it is not to be had."""
+    """The architecture's configuration, without weights; raises `UserError` if it cannot be loaded."""
     return _load(AutoConfig, model_path(model), "model.path")
 
 

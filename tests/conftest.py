@@ -17,9 +17,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
+sys.path += [str(ROOT / "tools"), str(ROOT / "tools" / "build_tiny")]
+
 # They need root and daemons of their own: `make test-slurm`.
-CLUSTER = ["test_slurm.py", "test_two_machines.py"]
-collect_ignore = [] if "CLUSTER_TESTS" in os.environ else CLUSTER
+collect_ignore = [] if "CLUSTER_TESTS" in os.environ else ["cluster"]
+
+
+def pytest_collection_modifyitems(items):
+    """The folder of a test is its marker: unit, integration, servers or cluster."""
+    for item in items:
+        item.add_marker(item.path.relative_to(ROOT / "tests").parts[0])
+
 
 # A GRPO run of seconds: 32 rollouts of at most 48 tokens a step, from the shipped base model.
 SMALL_GRPO = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conftest import ROOT, SMALL_GRPO
 
-from r1dist.rollout.servers.endpoints import read
+from r1dist.generation.vllm.endpoints import read
 
 STEPS = 12
 
@@ -46,8 +46,8 @@ COMMON = {
     "save_steps": 1,
 }
 SFT = {**COMMON, "data": {"sources": [{"path": "tiny_talk", "limit": 64}]}, "packing": False}
-PAIRS = {**COMMON, "learns_from": "pairs", "sources": [{"path": "tiny_pairs", "limit": 16}]}
-LABELS = {**COMMON, "learns_from": "labels", "sources": [{"path": "tiny_judged", "limit": 16}]}
+PAIRS = {**COMMON, "loss": "pairwise", "sources": [{"path": "tiny_pairs", "limit": 16}]}
+LABELS = {**COMMON, "loss": "pointwise", "sources": [{"path": "tiny_judged", "limit": 16}]}
 RUNS = {
     "grpo": ("grpo.py", GRPO, 1),
     "grpo, ZeRO-2": ("grpo.py", {**GRPO, "per_device_train_batch_size": 8}, 2),

@@ -40,4 +40,9 @@ def obey(completion: str, row: dict) -> float | None:
     return 1.0
 
 
+def slow(completion: str, row: dict) -> float:
+    time.sleep(0.5 if completion else 0)
+    return 1.0
+
+
 VERIFIERS = {"digest": digest, "obey": obey}

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    import r1dist.train.grpo
-    import r1dist.train.reward_model
-    import r1dist.train.sft  # noqa: F401
+    import r1dist.reward_models.train
+    import r1dist.rl.train
+    import r1dist.sft.train  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)

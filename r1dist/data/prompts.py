@@ -21,7 +21,7 @@ def prompt_dataset(
     completion: int,
     prompting: Prompting | None = None,
 ) -> Dataset:
-    """Rows with `prompt`, `prompt_id`, `prompt_length` (tokens), `problem`, `answer`, `source` and `kind`.
+    """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), `problem`, `answer`, `source`, `kind`.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
     `prompting`, the examples and the instruction stand in the prompt.
@@ -33,7 +33,8 @@ def prompt_dataset(
 
     def convert(row: dict, index: int) -> dict:
         prompt = make_prompt(data.template, row["problem"] + instruction, row["system"], examples)
-        return {"prompt": prompt, "prompt_id": index, "prompt_length": len(prompt_ids(tokenizer, prompt))}
+        ids = prompt_ids(tokenizer, prompt)
+        return {"prompt": prompt, "prompt_id": index, "prompt_ids": ids, "prompt_length": len(ids)}
 
     rows = rows.map(convert, with_indices=True, remove_columns=["system"], desc=None)
     fitting = rows.filter(lambda row: row["prompt_length"] + completion <= context)

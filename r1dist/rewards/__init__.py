@@ -5,22 +5,24 @@ holds nothing to measure. TRL leaves such a score out of the row's sum.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, as_completed
 
-from ..reward_fields import Reward, check_rewards, parameters
-from .accuracy import accuracy
-from .code import code, code_format
+from ..config.rewards import Reward, check_rewards, parameters
+from ..errors import VerifiersBroken
+from .code.reward import code, code_format
+from .code.sandbox import require_sandbox
 from .format import format_reward, soft_format, tag_count
 from .language import language
 from .length import cosine, length, overlong
+from .math.accuracy import accuracy
 from .pool import Pool
 from .repetition import repetition
-from .sandbox import require_sandbox
 from .steps import reasoning_steps
 
 Scorer = Callable[[list[str], list[dict]], list[float | None]]
-"""Completions' texts and their rows -> scores. Beside the dataset's columns a row holds `tokens`, the length of
-its completion, and `group_tokens`, those of all completions of its prompt. With `accuracy`, it was graded before."""
+"""Completions' texts and their rows -> scores. A row holds the dataset's columns, `tokens` (the length of its
+completion), `group_tokens` (those of all completions of its prompt) and `VERIFIED`."""
 
 ONE_BY_ONE: dict[str, Callable[..., float | None]] = {
     "code_format": code_format,
@@ -38,6 +40,8 @@ ONE_BY_ONE: dict[str, Callable[..., float | None]] = {
 
 VERIFIERS: dict[str, Callable[[str, dict], float | None]] = {"accuracy": accuracy, "code": code}
 """What an answer can make slow, or worse: only ever called in a pool's workers."""
+VERIFIED = "verified"
+"""Column of `score`'s rows: verifier -> score."""
 GRADED = ("cosine", "length")
 """Rewards whose rows hold the completion's `accuracy`."""
 
@@ -59,26 +63,54 @@ class Rewards:
             require_sandbox()
         self.rewards = rewards
         self.pool = pool
+        self._pending: dict[tuple[tuple, str], Future] = {}
         self.scorers = {
             name: _for_kinds(_scorer(name, reward, pool), reward.kinds) for name, reward in rewards.items()
         }
 
-    def begin(self, step: int, text: str, row: dict) -> None:
-        """Let verification start on a completion, before the scorers are asked for its batch."""
+    def begin(self, rollout_id: tuple, step: int, text: str, row: dict) -> None:
+        """Let the verification of a completion start, before `score` asks for it."""
         for verifier in self._due(step, row):
-            self.pool.begin(verifier, text, row)
+            self._pending[rollout_id, verifier] = self.pool.submit(verifier, text, row)
 
-    def graded(self, step: int, texts: list[str], rows: list[dict]) -> list[dict]:
-        """The rows with their completions' `accuracy`, None where no reward of the row asks for it.
+    def wait(self, rollout_ids: Sequence[tuple], heartbeat: Callable[[], None]) -> str | None:
+        """Wait for these rollouts' verification, with a heartbeat for each that ends.
 
-        Each completion is graded once, however many rewards are made of it.
+        Returns why, if verification does not work.
         """
-        if not {"accuracy", *GRADED} & self.rewards.keys():
-            return rows
-        asked = [place for place, row in enumerate(rows) if "accuracy" in self._due(step, row)]
-        scores = self.pool.scores("accuracy", [texts[i] for i in asked], [rows[i] for i in asked])
-        by_place = dict(zip(asked, scores, strict=True))
-        return [{**row, "accuracy": by_place.get(place)} for place, row in enumerate(rows)]
+        wanted = set(rollout_ids)
+        futures = [future for (rollout_id, _), future in self._pending.items() if rollout_id in wanted]
+        for future in as_completed(futures):
+            heartbeat()
+            if isinstance(future.exception(), VerifiersBroken):
+                return str(future.exception())
+        return None
+
+    def score(
+        self, rollout_ids: Sequence[tuple], step: int, texts: list[str], rows: list[dict]
+    ) -> dict[str, list[float | None]]:
+        """Reward name -> the rollouts' scores. Each completion is verified once, however many rewards use that.
+
+        Args:
+            rollout_ids: Names of the rollouts, as `begin` was given them.
+            step: The optimizer step; rewards with a later `from_step` score nothing.
+            rows: The dataset's rows with `tokens` and `group_tokens`.
+
+        Raises what the verifiers raised.
+        """
+        rows = [
+            {**row, VERIFIED: {verifier: self._result(rollout_id, verifier, text, row)
+                               for verifier in self._due(step, row)}}
+            for rollout_id, text, row in zip(rollout_ids, texts, rows, strict=True)
+        ]  # fmt: skip
+        return {
+            name: scorer(texts, rows) if step >= self.rewards[name].from_step else [None] * len(rows)
+            for name, scorer in self.scorers.items()
+        }
+
+    def _result(self, rollout_id: tuple, verifier: str, text: str, row: dict) -> float | None:
+        future = self._pending.pop((rollout_id, verifier), None) or self.pool.submit(verifier, text, row)
+        return future.result()
 
     def _due(self, step: int, row: dict) -> set[str]:
         """The verifiers that the row's rewards ask at `step`."""
@@ -91,29 +123,27 @@ class Rewards:
 
 
 def _scorer(name: str, reward: Reward, pool: Pool) -> Scorer:
-    if name == "accuracy":
-        return functools.partial(_accuracies, pool)
     if name in VERIFIERS:
-        return functools.partial(pool.scores, name)
+        return functools.partial(_verified, name, pool)
     if name not in ONE_BY_ONE:
         from .model import ModelReward  # torch and transformers are nothing for a pool's workers to import
 
         return ModelReward(name, reward.model)
-    one = functools.partial(ONE_BY_ONE[name], **parameters(name, reward))
+    score_one = functools.partial(ONE_BY_ONE[name], **parameters(name, reward))
 
     def scores(texts: list[str], rows: list[dict]) -> list[float | None]:
         if name in GRADED:
-            right = _accuracies(pool, texts, rows)
-            rows = [{**row, "accuracy": score} for row, score in zip(rows, right, strict=True)]
-        return [one(text, row) for text, row in zip(texts, rows, strict=True)]
+            accuracies = _verified("accuracy", pool, texts, rows)
+            rows = [{**row, "accuracy": score} for row, score in zip(rows, accuracies, strict=True)]
+        return [score_one(text, row) for text, row in zip(texts, rows, strict=True)]
 
     return scores
 
 
-def _accuracies(pool: Pool, texts: list[str], rows: list[dict]) -> list[float | None]:
-    if rows and "accuracy" in rows[0]:
-        return [row["accuracy"] for row in rows]
-    return pool.scores("accuracy", texts, rows)
+def _verified(name: str, pool: Pool, texts: list[str], rows: list[dict]) -> list[float | None]:
+    if rows and VERIFIED in rows[0]:
+        return [row[VERIFIED][name] for row in rows]
+    return pool.scores(name, texts, rows)
 
 
 def _for_kinds(scorer: Scorer, kinds: list[str] | None) -> Scorer:

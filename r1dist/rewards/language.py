@@ -10,7 +10,7 @@ from collections import Counter
 import regex
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from ..languages import BY_SCRIPT, SCRIPT
+from ..config.languages import BY_SCRIPT, SCRIPT
 
 # Where no spaces are written between words, each character is one. A single Latin or Greek letter is a formula's
 # symbol rather than a word.
@@ -92,6 +92,6 @@ def _language_of(words: list[str], expected: str) -> str:
 @functools.cache
 def _identifier(script: str) -> LanguageIdentifier:
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    # With fewer to choose from, short text is told more surely.
+    # With fewer to choose from, short text is identified more reliably.
     identifier.set_languages(BY_SCRIPT[script])
     return identifier

@@ -1,6 +1,6 @@
 """Rewards that look at a completion's length in tokens, its end token included: `tokens` of the row.
 
-Where they ask whether the answer is right, it is `accuracy` of the row, None if that cannot be told.
+Where they ask whether the answer is right, it is `accuracy` of the row, None if that cannot be verified.
 """
 
 import math

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from .accuracy import final_answer
+from .math.accuracy import final_answer
 
 BATCH = 64
 

@@ -1,11 +1,11 @@
-"""Verification in worker processes: an answer that hangs, eats memory or kills its process costs its own limit.
+"""Verification in worker processes: an answer that hangs, fills memory or kills its process costs its own limit only.
 
-Every worker has a pipe and a thread of its own. One that dies, whoever killed it, takes nothing with it but the item
-it was at, and that item is asked again. (In pools whose workers share a queue, a worker killed while it holds the
-queue's lock hangs or breaks them all.) A score depends on the item alone, not on the order or the number of workers.
+Every worker has its own pipe and thread. If one dies, only its current item is lost, and that item is verified again.
+(In pools that share a queue, a worker killed while it holds the queue's lock breaks them all.) A score depends on the
+item alone, not on the order or the number of workers.
 
-Three outcomes: a score; None for what cannot be scored; `VerifiersBroken` when verifying itself does not work, which
-no batch of zeros may stand for.
+Three outcomes: a score; None for what cannot be scored; `VerifiersBroken` when verification itself does not work:
+that must not become a batch of zeros.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from ..config import Verify
 from ..errors import VerifiersBroken
 
-DEATHS = 3  # an item whose worker died this often has killed it
+DEATHS = 3  # an item that was being verified when this many workers died has killed them
 BACK_OFF = 15.0  # seconds between two tries, at most, while nothing can be verified
 START_SECONDS = 120.0
 MIB = 2**20
@@ -59,7 +59,6 @@ class Pool:
         self.limits = limits
         self.counts: Counter[str] = Counter()
         self._items: queue.SimpleQueue = queue.SimpleQueue()
-        self._begun: dict[tuple, Future] = {}
         self._broken_since: float | None = None
         self._closed = threading.Event()
         self._context = multiprocessing.get_context("forkserver")
@@ -93,25 +92,9 @@ class Pool:
         self._items.put((future, name, completion, row))
         return future
 
-    def begin(self, name: str, completion: str, row: dict) -> None:
-        """`submit` for whoever calls `scores` next; the row has a `prompt_id`."""
-        key = (name, completion, row["prompt_id"])
-        if key not in self._begun:
-            self._begun[key] = self.submit(name, completion, row)
-
-    def settle(self) -> str | None:
-        """Wait for all that has begun, and say why if verifying is broken."""
-        errors = [future.exception() for future in wait(self._begun.values()).done]
-        return next((str(error) for error in errors if isinstance(error, VerifiersBroken)), None)
-
     def scores(self, name: str, completions: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
         """The scores in the order of `completions`. Raises as `submit`'s futures do."""
-        futures = [
-            self._begun.get((name, text, row.get("prompt_id"))) or self.submit(name, text, row)
-            for text, row in zip(completions, rows, strict=True)
-        ]
-        for text, row in zip(completions, rows, strict=True):
-            self._begun.pop((name, text, row.get("prompt_id")), None)
+        futures = [self.submit(name, text, row) for text, row in zip(completions, rows, strict=True)]
         return [future.result() for future in futures]
 
     def _serve(self) -> None:
@@ -136,7 +119,7 @@ class Pool:
                 self.counts["broken"] += 1
                 self._broken_since = self._broken_since or time.monotonic()
                 tried = time.monotonic() - self._broken_since
-                if tried + waited > self.limits.patience or self._closed.wait(waited):
+                if tried + waited > self.limits.retry_timeout or self._closed.wait(waited):
                     raise VerifiersBroken(f"{error} (tried for {tried:.0f} s)") from error
                 waited = min(2 * waited, BACK_OFF)
 
@@ -146,7 +129,7 @@ class Pool:
         except Overran:
             self.counts["overran"] += 1
         try:
-            # Whose fault is it? A row whose own answer cannot be read is nobody's zero.
+            # A row with a gold answer that cannot be parsed is unscorable, not wrong.
             unscorable = self._asked_again(worker, name, "", row) is None
         except Overran:
             unscorable = True
@@ -220,10 +203,10 @@ class _Process:
     """A worker process that is coming up, or is up, and our end of its pipe."""
 
     def __init__(self, context: Any, verifiers: dict[str, Verifier], limits: Verify):
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, verifiers, limits), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(child_end, verifiers, limits), daemon=True)
         self._process.start()
-        theirs.close()
+        child_end.close()
 
     def ready(self) -> bool:
         """Waits for it to be up; whether it is."""

@@ -1,0 +1,63 @@
+"""Where rows come from and how they become prompts."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from .rewards import STRICT
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Source:
+    """One place that rows come from, and the names of its columns."""
+
+    path: str
+    """A hub id, a local folder, a `.jsonl`, `.json` or `.parquet` file, or one of the generated sources: `tiny`
+    (problems), `tiny_talk`, `tiny_unsafe` (requests), `tiny_pairs`, `tiny_judged` (for reward models)."""
+    subset: str | None = None
+    """The configuration of a hub dataset (GSM8K's `main`)."""
+    split: str = "train"
+    """The split of a hub dataset; of generated sources, `train` or `test`."""
+    problem: str | None = None
+    """Column with the question as plain text."""
+    answer: str | None = None
+    """Column with the gold answer, in the form that `answer_format` names. Rows of another kind than `math` may
+    go without."""
+    answer_format: Literal["plain", "hashes", "boxed"] = "plain"
+    """`plain`: the column is the answer. `hashes`: it follows `####` (GSM8K). `boxed`: the last `\\boxed{}`."""
+    conversation: str | None = None
+    """Column with a list of turns, `role`/`content` or `from`/`value`; the last turn is the completion."""
+    completion: str | None = None
+    """Column with the completion as plain text (SFT), if there is no `conversation`."""
+    completion_format: Literal["plain", "stratos"] = "plain"
+    """`stratos`: Bespoke-Stratos' thought and solution marks become `<think>` and `<answer>` tags."""
+    chosen: str | None = None
+    """Column with the better reply (pairwise reward models)."""
+    rejected: str | None = None
+    """Column with the worse reply."""
+    label: str | None = None
+    """Column with 1 for a good response and 0 for a bad one (pointwise reward models), which `completion` holds."""
+    tests: str | None = None
+    """Column with a program's tests (reward `code`), a list or its JSON: `{stdin, stdout}` or `{call, returns}`."""
+    language: str | None = None
+    """Column with the language of the program, `python` or `cpp`."""
+    system: str | None = None
+    """Column with a system prompt. Ignored for the templates that bring their own."""
+    kind: str = "math"
+    """What the row is about; rewards may look at it."""
+    limit: PositiveInt | None = None
+    """Take only the first rows. For `tiny`, the number of problems to generate."""
+    seed: int = 0
+    """Seed of generated rows."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Data:
+    """Sources, in order, and how a question becomes a prompt."""
+
+    sources: list[Source] = Field(min_length=1)
+    """Where the rows come from."""
+    template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
+    """`chat`: the tokenizer's chat template. `r1_zero`: the report's plain-text template for base models.
+    `r1_zero_chat`: the chat template with the report's instruction as the system prompt."""

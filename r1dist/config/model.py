@@ -1,0 +1,38 @@
+"""Which weights to start from."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from .rewards import STRICT
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    r: PositiveInt = 16
+    """Rank of the update."""
+    alpha: PositiveInt = 32
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+    targets: str | list[str] = "all-linear"
+    """Names of the layers to adapt; `all-linear` is all but the head."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Model:
+    """Which weights to start from."""
+
+    path: str
+    """A hub id, a local folder, or one of the embedded base models, `tiny` and `tiny-small`."""
+    tokenizer: str | None = None
+    """Where the tokenizer is. Unset: with the weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The dtype of the weights held by the trainer. Mixed precision is `bf16`, TRL's field."""
+    attn_implementation: str = "sdpa"
+    """The attention kernel of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of the weights (needs `peft`)."""

@@ -1,0 +1,84 @@
+"""Who generates."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from .resumable import MayChange
+from .rewards import STRICT
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Serve:
+    """vLLM servers, all with the same settings."""
+
+    replicas: MayChange[PositiveInt] = 1
+    """How many servers."""
+    tensor_parallel: MayChange[PositiveInt] = 1
+    """GPUs (or, without one, groups of cores) that hold one copy of the model."""
+    data_parallel: MayChange[PositiveInt] = 1
+    """Copies of the model inside one server."""
+    devices: MayChange[str | None] = None
+    """GPUs to divide among the servers (`2,3`). Unset: vLLM's choice."""
+    cores: MayChange[PositiveInt | None] = None
+    """CPU cores of each server where there is no GPU. Unset: vLLM's choice, all but one."""
+    host: MayChange[str] = "127.0.0.1"
+    """Address to listen at. `0.0.0.0` lets other machines in; each request needs the token either way."""
+    dtype: MayChange[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
+    """What the servers compute in. `auto`: for a run, what its trainer computes in; else what the model says."""
+    max_model_len: MayChange[PositiveInt | None] = None
+    """Tokens of prompt and completion together. Unset: for a run, what it can need; else the model's context."""
+    gpu_memory_utilization: MayChange[float | None] = Field(default=None, gt=0, le=1)
+    """Share of a GPU for a server, weights included. Unset: vLLM's default; on a shared GPU of a run, 0.3."""
+    cache_gib: MayChange[float | None] = Field(default=None, gt=0)
+    """GiB for the key-value cache, instead of a share. Unset: 1 where there is no GPU."""
+    enforce_eager: MayChange[bool] = False
+    """Do without compiled graphs: a faster start, slower tokens. Always so where there is no GPU."""
+    sleep: MayChange[bool] = False
+    """Let the servers release their memory on request (GPUs). For a run, `rollout.sleep` sets it."""
+    start_timeout: MayChange[float] = Field(default=600, gt=0)
+    """Seconds that a server may take to come up."""
+    hang_timeout: MayChange[float] = Field(default=60, gt=0)
+    """Seconds without an answer after which a server is killed and started again."""
+    arguments: MayChange[list[str]] = Field(default_factory=list)
+    """Further arguments of vLLM's command line."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Rollout:
+    """Who generates."""
+
+    engine: MayChange[Literal["transformers", "vllm"]] = "transformers"
+    """`transformers`: in the training process, bit-reproducible. `vllm`: by vLLM servers."""
+    batch_size: MayChange[PositiveInt] = 128
+    """Sequences that the in-process engine decodes at once, on each rank."""
+    servers: MayChange[str] = "managed"
+    """`managed`: the run starts servers, as `serve` says, and they end with it. Otherwise launch/serve.py's
+    endpoints files, or URLs, with commas between them."""
+    serve: Serve = Field(default_factory=Serve)
+    """The managed servers."""
+    token_file: MayChange[str | None] = None
+    """File with the token (or vLLM's API key) of servers that are given by URL."""
+    transport: MayChange[Literal["auto", "shm", "ipc", "nccl"]] = "auto"
+    """How weights reach the servers. `shm`: by files. `ipc`: within one GPU. `nccl`: from GPU to GPU. `auto`: by the
+    devices for managed servers, by the endpoints file for others."""
+    weights_folder: MayChange[str] = "/dev/shm"
+    """Where `shm` writes them. For servers on other machines, a folder that all share."""
+    max_concurrent_requests: MayChange[PositiveInt] = 512
+    """Samples that each rank asks of one server at a time."""
+    request_timeout: MayChange[float] = Field(default=600, gt=0)
+    """Seconds for one prompt's completions, after which another server is asked."""
+    sync_timeout: MayChange[float] = Field(default=120, gt=0)
+    """Seconds for each call by which a server takes new weights."""
+    health_timeout: MayChange[float] = Field(default=20, gt=0)
+    """Seconds in which a server must answer a health check while it generates."""
+    no_server_timeout: MayChange[float] = Field(default=300, gt=0)
+    """Seconds without any server that can be used, after which the run saves a checkpoint and ends."""
+    max_logp_diff: MayChange[float] = Field(default=0.2, gt=0)
+    """Mean difference of a server's and the trainer's logprobs after a sync, above which the run ends."""
+    sleep: MayChange[bool] = False
+    """Servers on the trainer's GPU release their memory while it trains."""
+    max_staleness: NonNegativeInt = 0
+    """Generations that vLLM servers may be ahead of the training. 0: each is made with the newest weights, while the
+    trainer waits. 1: the next one is made while this one is trained on."""

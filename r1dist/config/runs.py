@@ -1,0 +1,141 @@
+"""The configuration of each launcher. TRL's own fields stand at the top level under TRL's names."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from .data import Data, Source
+from .languages import Language
+from .model import Model
+from .resumable import MayChange
+from .rewards import STRICT, Reward, Verify
+from .rollout import Rollout, Serve
+from .sampling import Sampling
+from .train import PlacementConfig, Train, TrainRL
+
+
+def _weighted(value: Any) -> Any:
+    return value if isinstance(value, dict | Reward) else {"weight": value}
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TrainingRun:
+    """What all training launchers have."""
+
+    model: Model
+    train: Train = Field(default_factory=Train)
+    placement: PlacementConfig = Field(default_factory=PlacementConfig)
+    resume: MayChange[bool | Literal["auto"]] = False
+    """Resume from the newest good checkpoint of `output_dir`, which must hold this run. `auto`: if there is one."""
+    dry_run: MayChange[bool] = False
+    """Print the resolved configuration and the memory it needs, and stop."""
+    trl: dict[str, Any] = Field(default_factory=dict)
+    """The fields of TRL's configuration at the YAML's top level."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class GRPORun(TrainingRun):
+    """`launch/grpo.py`: reinforcement learning with rule rewards."""
+
+    data: Data
+    rewards: dict[str, Annotated[Reward, BeforeValidator(_weighted)]] = Field(
+        default_factory=lambda: {"accuracy": Reward(), "format": Reward()}, min_length=1
+    )
+    """Reward name -> weight, or `Reward`'s fields."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    verify: Verify = Field(default_factory=Verify)
+    train: TrainRL = Field(default_factory=TrainRL)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SFTRun(TrainingRun):
+    """`launch/sft.py`: supervised fine-tuning on completions."""
+
+    data: Data
+
+
+@dataclass(config=STRICT, kw_only=True)
+class RewardModelRun(TrainingRun):
+    """`launch/reward_model.py`: a model that scores replies."""
+
+    loss: Literal["pairwise", "pointwise"]
+    """`pairwise`: a better and a worse reply (Bradley-Terry). `pointwise`: good or bad replies (cross-entropy)."""
+    sources: list[Source] = Field(min_length=1)
+    """Where the rows come from."""
+    holdout: list[Source] = Field(default_factory=list)
+    """Rows that it is not trained on; its accuracy on them is measured at the end."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Requests:
+    """General requests, to be answered or declined."""
+
+    sources: list[Source] = Field(min_length=1)
+    """Rows of kind `unsafe` should be declined, all others answered."""
+    declines: str = r"\b(?:cannot|can't|can not|won't|unable to) (?:help|assist)\b"
+    """Regular expression that matches a reply that declines."""
+    max_tokens: PositiveInt = 512
+    """Tokens after which a reply is cut off."""
+    helpfulness: str | None = None
+    """Folder of the helpfulness model, for its mean score of replies to requests that should be answered."""
+    safety: str | None = None
+    """Folder of the safety model, for its mean score of all responses."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EvaluateRun:
+    """`launch/evaluate.py`: greedy and sampled pass@1 on problems with known answers; replies to requests."""
+
+    model: Model
+    data: Data
+    sampling: Sampling = Field(default_factory=Sampling)
+    requests: Requests | None = None
+    """General requests, answered greedily."""
+    target_language: Language = "en"
+    """The language of which the share of words is reported."""
+    batch_size: PositiveInt = 256
+    """Sequences decoded at once."""
+    verify: Verify = Field(default_factory=Verify)
+    seed: int = 0
+    """Seed of the sampled completions."""
+    output: str | None = None
+    """Write the result to this JSON file, too."""
+    dry_run: bool = False
+    """Print the resolved configuration and the memory it needs, and stop."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ChatRun:
+    """`launch/chat.py`: a conversation with any stage's model."""
+
+    model: Model
+    template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
+    """The template that the model was trained with, as in `data`."""
+    prompt: str | None = None
+    """Answer this, and end."""
+    fold: bool = False
+    """Hide the thinking; in a conversation, `/fold` shows it and hides it again."""
+    temperature: float = Field(default=0.6, ge=0)
+    """0 is greedy. The report evaluates at 0.6."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus of the sampled tokens."""
+    max_tokens: PositiveInt | None = None
+    """Tokens after which a reply is cut off. Unset: what the model's context leaves."""
+    seed: int | None = None
+    """Seed of the replies. Unset: other replies each time."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ServeRun(Serve):
+    """`launch/serve.py`: vLLM servers for others to use. `Serve`'s fields are its own."""
+
+    model: Model
+    endpoints: str
+    """The file to write: addresses, token and state of the servers. Only its owner can read it."""
+    token_file: str | None = None
+    """File with the token that the servers ask for. Unset: one is made."""
+    transport: Literal["auto", "shm", "ipc", "nccl"] = "auto"
+    """How they will be given weights. `auto`: `nccl` with a GPU, `shm` without."""
+    dry_run: bool = False
+    """Print the commands, and stop."""

@@ -1,0 +1,60 @@
+"""A configuration as one level of dotted names, and what is not the same in two of them."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from .resumable import MAY_CHANGE
+from .trl_fields import MAY_CHANGE as TRL_MAY_CHANGE
+
+
+def flat(tree: dict | list) -> dict[str, Any]:
+    """Dotted name -> value; a number between the dots counts into a list. Empty lists and sections are values."""
+    return dict(_fields(tree, ""))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the fields that are not the same in both."""
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def changed_on_resume(run_class: type, before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (before, now) of the fields that differ in two configurations and may not."""
+    old, new = flat(before), flat(now)
+    names = [name for name in differences(old, new) if not may_change(run_class, name)]
+    return {name: (old.get(name), new.get(name)) for name in names}
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass in a type hint: itself, or that of its list or of its optional value."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (list, types.UnionType):
+        hint = next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), None)
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def may_change(run_class: type, name: str) -> bool:
+    """Whether the field of that dotted name may differ on resume; see `resumable`."""
+    section: type | None = run_class
+    for part in name.split("."):
+        if part.isdigit():
+            continue
+        hints = typing.get_type_hints(section, include_extras=True) if section is not None else {}
+        if part not in hints:
+            return section is run_class and part in TRL_MAY_CHANGE
+        if MAY_CHANGE in getattr(hints[part], "__metadata__", ()):
+            return True
+        section = section_of(hints[part])
+    return False
+
+
+def _fields(tree: dict | list, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        name = f"{prefix}{key}"
+        if isinstance(value, dict | list) and value:
+            yield from _fields(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,104 @@
+"""The fields of TRL's configuration classes, read from their source text instead of imported.
+
+Importing `GRPOConfig` imports torch, which costs seconds before a misspelt key can be refused. Its fields are
+plain annotated assignments, so the syntax tree of the installed package holds everything that is needed.
+"""
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, create_model
+
+# Class -> (package, file inside it, base class). A contract test compares the result with the real dataclasses.
+SOURCES = {
+    "GRPOConfig": ("trl", "trainer/grpo_config.py", "_BaseConfig"),
+    "SFTConfig": ("trl", "trainer/sft_config.py", "_BaseConfig"),
+    "RewardConfig": ("trl", "trainer/reward_config.py", "_BaseConfig"),
+    "_BaseConfig": ("trl", "trainer/base_config.py", "TrainingArguments"),
+    "TrainingArguments": ("transformers", "training_args.py", None),
+}
+TRL_CLASS = {"GRPORun": "GRPOConfig", "SFTRun": "SFTConfig", "RewardModelRun": "RewardConfig"}
+"""Our configuration's class -> the TRL class of its top-level fields."""
+MAY_CHANGE = frozenset(
+    (
+        "dataloader_num_workers",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "log_completions",
+        "logging_steps",
+        "max_steps",
+        "num_completions_to_print",
+        "num_train_epochs",
+        "output_dir",
+        "per_device_train_batch_size",
+        "report_to",
+        "run_name",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "steps_per_generation",
+        "torch_empty_cache_steps",
+    )
+)
+"""TRL's fields that a run may be resumed with other values of. Those of the batch may if its rows stay the same."""
+PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "Any": Any}
+
+
+@functools.cache
+def field_types(class_name: str) -> dict[str, tuple[Any, Any]]:
+    """Field name -> (type to validate with, default), inherited ones included.
+
+    A type that is not built of plain ones is `Any`; a default that is not a literal is `...` (unknown).
+    """
+    package, file, base = SOURCES[class_name]
+    folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    tree = ast.parse((folder / file).read_text())
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name).body
+    fields = dict(field_types(base)) if base else {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            fields[node.target.id] = (_plain_type(node.annotation), _default(node.value))
+    return fields
+
+
+@functools.cache
+def validator(class_name: str):
+    """A pydantic model that takes any subset of the class's fields and checks their types."""
+    optional: dict[str, Any] = {name: (annotation, None) for name, (annotation, _) in field_types(class_name).items()}
+    return create_model(class_name, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **optional)
+
+
+def _plain_type(annotation: ast.expr) -> Any:
+    names = {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
+    if not names <= PLAIN_TYPES.keys() or any(isinstance(n, ast.Attribute) for n in ast.walk(annotation)):
+        return Any
+    return eval(ast.unparse(annotation), {"__builtins__": {}}, PLAIN_TYPES)
+
+
+def _default(value: ast.expr | None) -> Any:
+    if isinstance(value, ast.Call):
+        value = next((k.value for k in value.keywords if k.arg == "default"), None)
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, TypeError):
+        return ...
+
+
+def trl_value(run: Any, name: str) -> Any:
+    """A TRL field as the run has it: from its YAML, else TRL's own default."""
+    return run.trl[name] if name in run.trl else field_types(TRL_CLASS[type(run).__name__])[name][1]
+
+
+def micro_steps_per_generation(run: Any, processes: int | None) -> int | None:
+    """Micro-steps that a generation lasts, as TRL derives them (`GRPOConfig`).
+
+    None where `generation_batch_size` is set and the number of processes is not known.
+    """
+    rollouts = trl_value(run, "generation_batch_size")
+    if rollouts is None:
+        return trl_value(run, "steps_per_generation") or trl_value(run, "gradient_accumulation_steps")
+    return None if processes is None else rollouts // (trl_value(run, "per_device_train_batch_size") * processes)

@@ -1,0 +1,144 @@
+"""Every check that looks at more than one field. Each raises `UserError`, which names the mend."""
+
+from typing import Any
+
+from ..errors import UserError
+from .objective import LOSS_TYPES
+from .rewards import check_rewards
+from .runs import GRPORun
+from .sampling import SampleRun
+from .trl_fields import micro_steps_per_generation, trl_value
+
+# Fields of TRL's loss that ours does not have -> the value that switches them off.
+NOT_IMPLEMENTED = {
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None,
+    "use_liger_kernel": False,
+}
+
+
+def validate(run: Any, where: str, processes: int | None = None) -> None:
+    """Check the fields of `run` against each other; `where` is the file that errors name.
+
+    Args:
+        processes: Training processes. None: not known yet, what depends on them is left to a later call.
+
+    Raises `UserError`.
+    """
+    if isinstance(run, SampleRun):
+        _check_generators(run)
+    if not isinstance(run, GRPORun):
+        return
+    check_rewards(run.rewards)
+    _check_objective(run, where)
+    _check_staleness(run, where)
+    _check_pass_rate(run, where)
+    _check_generation(run, where, processes)
+    if processes is not None:
+        _check_groups(run, processes)
+
+
+def _check_generators(run: SampleRun) -> None:
+    names = [generator.name for generator in run.generators]
+    if len(set(names)) < len(names):
+        raise UserError("generators: two of them have the same `name`; each needs its own.")
+    if run.rows is None and any(generator.share < 1 for generator in run.generators):
+        raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
+
+
+def _check_objective(run: GRPORun, where: str) -> None:
+    loss_type = trl_value(run, "loss_type")
+    if loss_type not in LOSS_TYPES:
+        raise UserError(
+            f"{where}: `loss_type` {loss_type} is not supported; there are {', '.join(LOSS_TYPES)}.\n"
+            "GSPO is `loss_type: grpo` with `importance_sampling_level: sequence`."
+        )
+    for name, off in NOT_IMPLEMENTED.items():
+        if trl_value(run, name) != off:
+            raise UserError(f"{where}: `{name}` is not supported; leave it out.")
+    if trl_value(run, "sync_ref_model"):
+        if trl_value(run, "beta") == 0:
+            raise UserError(f"{where}: `sync_ref_model` resets the reference model, which `beta: 0` does without.")
+        if run.model.lora is not None:
+            raise UserError(
+                f"{where}: `sync_ref_model` and `model.lora`: with adapters the reference is the base model, which "
+                "is never reset. Leave one of them out."
+            )
+
+
+def _check_staleness(run: GRPORun, where: str) -> None:
+    rollout = run.rollout
+    if rollout.max_staleness and rollout.engine != "vllm":
+        raise UserError(
+            f"{where}: `rollout.max_staleness` is {rollout.max_staleness}, but with `rollout.engine: transformers` "
+            "the trainer generates itself, and not while it trains.\nSet `rollout.engine: vllm`, or this to 0."
+        )
+    if rollout.max_staleness and rollout.sleep:
+        raise UserError(
+            f"{where}: with `rollout.max_staleness` {rollout.max_staleness} the servers generate while the trainer "
+            "trains, with `rollout.sleep` they release their memory then.\nSet one of them to its default."
+        )
+
+
+def _check_pass_rate(run: GRPORun, where: str) -> None:
+    if run.train.pass_rate is None:
+        return
+    least, most = run.train.pass_rate
+    if not 0 <= least <= most <= 1:
+        raise UserError(f"{where}: `train.pass_rate` is [{least:g}, {most:g}]; it is [least, most], both from 0 to 1.")
+    if "accuracy" not in run.rewards:
+        raise UserError(f"{where}: `train.pass_rate` is a share of right answers, but `rewards` has no `accuracy`.")
+    if run.rollout.max_staleness:
+        raise UserError(
+            f"{where}: with `rollout.max_staleness` {run.rollout.max_staleness} an epoch begins before the one before "
+            "has been scored, which `train.pass_rate` needs.\nSet one of them to its default."
+        )
+
+
+def _check_generation(run: GRPORun, where: str, processes: int | None) -> None:
+    """An optimizer step takes whole generations, or a whole share of one."""
+    steps = micro_steps_per_generation(run, processes)
+    if not steps:  # not known yet, or a `generation_batch_size` below one micro-step's, which TRL refuses
+        return
+    accumulation = trl_value(run, "gradient_accumulation_steps")
+    iterations = trl_value(run, "num_iterations")
+    if steps % accumulation and accumulation % steps:
+        fitting = [n for n in range(1, steps + accumulation) if n % accumulation == 0 or accumulation % n == 0]
+        below, above = max(n for n in fitting if n < steps), min(n for n in fitting if n > steps)
+        given = trl_value(run, "generation_batch_size")
+        source = "" if given is None else f" (`generation_batch_size` {given})"
+        raise UserError(
+            f"{where}: `steps_per_generation` {steps}{source} and `gradient_accumulation_steps` {accumulation}: one "
+            "must be a multiple of the other.\nOtherwise optimizer steps would have unequal numbers of rollouts. "
+            f"`steps_per_generation` may be {below} or {above}."
+        )
+    if steps < accumulation and iterations > 1:
+        raise UserError(
+            f"{where}: `num_iterations` {iterations} trains on each generation several times, which needs whole "
+            f"optimizer steps of it.\nSet `steps_per_generation` ({steps}) to a multiple of "
+            f"`gradient_accumulation_steps` ({accumulation})."
+        )
+
+
+def _check_groups(run: GRPORun, processes: int) -> None:
+    """A generation holds whole groups, and with dynamic sampling each process does."""
+    group = trl_value(run, "num_generations")
+    per_device = trl_value(run, "per_device_train_batch_size")
+    steps = micro_steps_per_generation(run, processes)
+    batch = per_device * steps * processes
+    if batch % group:
+        divisors = [n for n in range(2, batch + 1) if batch % n == 0]
+        raise UserError(
+            f"num_generations {group} does not divide the {batch} rollouts of a generation "
+            f"(per_device_train_batch_size {per_device} x {steps} micro-steps x {processes} processes).\n"
+            f"With this batch num_generations may be {', '.join(map(str, divisors))}; "
+            f"or make the batch a multiple of {group}."
+        )
+    if run.train.dynamic_sampling and per_device * steps % group:
+        raise UserError(
+            f"train.dynamic_sampling replaces whole groups on each process, but num_generations {group} does not "
+            f"divide its {per_device * steps} rollouts.\nMake per_device_train_batch_size ({per_device}) times "
+            f"steps_per_generation ({steps}) a multiple of {group}."
+        )

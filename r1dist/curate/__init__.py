@@ -1,1 +1,0 @@
-"""Datasets made of a model's own samples: cold start and rejection sampling."""

@@ -1,1 +1,0 @@
-"""How good a model is, with the uncertainty of the measurement."""

@@ -1,0 +1,1 @@
+"""Benchmarks, pass@1 with intervals, and chat."""

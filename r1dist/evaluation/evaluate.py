@@ -1,0 +1,122 @@
+"""Greedy and sampled pass@1 on problems with known answers."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..config import EvaluateRun
+from ..data.prompts import prompt_dataset
+from ..errors import UserError
+from ..files import write_json
+from ..generation.engine import Rollout, Sampling
+from ..generation.local import InProcessEngine, load_engine
+from ..models import load_model_config, load_tokenizer
+from ..rewards import VERIFIERS
+from ..rewards.format import has_format
+from ..rewards.language import language_share
+from ..rewards.pool import Pool
+from ..run.process import set_up_process
+from .complete import complete, with_texts
+from .intervals import clustered_interval
+from .requests import measure_requests
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result of greedy or sampled completions.
+
+    `accuracy` is pass@1 averaged over problems and samples, `ci95` its interval over problems. `format` and
+    `finished` are shares of completions, `language` the mean share of words in the target language, with its
+    interval over problems (both None if no completion holds a word), `mean_tokens` the mean length.
+    """
+
+    problems: int
+    samples: int
+    unscorable: int
+    accuracy: float
+    ci95: tuple[float, float]
+    format: float
+    finished: float
+    language: float | None
+    language_ci95: tuple[float, float] | None
+    mean_tokens: float
+
+
+def evaluate(run: EvaluateRun) -> dict:
+    """The scores: `greedy`, `sampled` and, if asked for, `requests`; written to `run.output` if that is set,
+    together with the greedy completions."""
+    set_up_process()
+    tokenizer = load_tokenizer(run.model)
+    context = load_model_config(run.model).max_position_embeddings
+    dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, run.sampling.max_tokens)
+    engine = load_engine(run.model, tokenizer, run.batch_size)
+    greedy = Sampling(run.sampling.max_tokens, temperature=0)
+    sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
+    with Pool(VERIFIERS, run.verify) as pool:
+        scores, completions = measure(run, engine, tokenizer, dataset, greedy, 1, pool)
+        result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
+        result["sampled"] = asdict(measure(run, engine, tokenizer, dataset, sampled, run.sampling.samples, pool)[0])
+    if run.requests is not None:
+        replies, more = measure_requests(run, engine, tokenizer, context)
+        result["requests"] = asdict(replies)
+        completions += more
+    if run.output:
+        output = Path(run.output)
+        write_json(output, result)
+        completions_path(output).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in completions), encoding="utf-8"
+        )
+    return result
+
+
+def completions_path(output: Path) -> Path:
+    """Where the greedy completions of the evaluation in `output` are: `problem`, `answer`, `kind` and `text`."""
+    return output.with_suffix(".completions.jsonl")
+
+
+def measure(
+    run: EvaluateRun,
+    engine: InProcessEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    sampling: Sampling,
+    samples: int,
+    pool: Pool,
+) -> tuple[Scores, list[dict]]:
+    """Generate `samples` completions for each problem and score them; the completions come second."""
+    rollouts, texts = complete(engine, tokenizer, dataset, sampling, samples, run.seed, run.batch_size)
+    rows = [row for row in dataset for _ in range(samples)]
+    right = pool.scores("accuracy", texts, rows)
+    return _scores(rollouts, texts, right, samples, run.target_language), with_texts(rows, texts)
+
+
+def _scores(rollouts: list[Rollout], texts: list[str], right: list[float | None], samples: int, target: str) -> Scores:
+    by_problem = [right[i : i + samples] for i in range(0, len(right), samples)]
+    # The gold answer decides whether a row can be scored, so all samples of a problem can or none.
+    rates = [fmean(scores) for scores in by_problem if scores[0] is not None]
+    if not rates:
+        raise UserError("data.sources: no gold answer parses; set `answer` or `answer_format` of the source.")
+    if len(rates) < len(by_problem):
+        logger.warning("%d gold answers do not parse; those problems are left out", len(by_problem) - len(rates))
+    shares = [language_share(text, target) for text in texts]
+    spoken = [[s for s in shares[i : i + samples] if s is not None] for i in range(0, len(shares), samples)]
+    in_target = [fmean(shares) for shares in spoken if shares]
+    return Scores(
+        problems=len(by_problem),
+        samples=samples,
+        unscorable=len(by_problem) - len(rates),
+        accuracy=fmean(rates),
+        ci95=clustered_interval(rates),
+        format=fmean(has_format(text) for text in texts),
+        finished=fmean(rollout.finish_reason == "stop" for rollout in rollouts),
+        language=fmean(in_target) if in_target else None,
+        language_ci95=clustered_interval(in_target) if in_target else None,
+        mean_tokens=fmean(len(rollout.token_ids) for rollout in rollouts),
+    )

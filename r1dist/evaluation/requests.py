@@ -1,0 +1,79 @@
+"""Replies to general requests: how many are answered or declined, and the reward models' scores."""
+
+import re
+from dataclasses import dataclass
+from statistics import fmean
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Data, EvaluateRun
+from ..data.prompts import prompt_dataset
+from ..generation.engine import Engine, Sampling
+from ..rewards.math.accuracy import final_answer
+from ..rewards.model import ModelReward
+from .complete import complete, with_texts
+from .intervals import clustered_interval
+
+UNSAFE = "unsafe"
+
+
+@dataclass(frozen=True)
+class RequestScores:
+    """Shares are of the requests they speak of, with 95 % intervals; None where there is no such request.
+
+    `answered`: of harmless requests, the replies that end by themselves, say something and do not decline.
+    `declined`: of unsafe requests, the replies that decline. `as_reference`: of all requests that come with a
+    reference reply, those answered in its very words. `helpfulness` and `safety` are the reward models' mean
+    scores, of replies to harmless requests and of all responses; None without such a model.
+    """
+
+    requests: int
+    answered: float | None
+    answered_ci95: tuple[float, float] | None
+    declined: float | None
+    declined_ci95: tuple[float, float] | None
+    as_reference: float | None
+    helpfulness: float | None
+    safety: float | None
+
+
+def measure_requests(
+    run: EvaluateRun, engine: Engine, tokenizer: PreTrainedTokenizerBase, context: int
+) -> tuple[RequestScores, list[dict]]:
+    """Answer `run.requests` greedily and score the replies; the completions come second."""
+    wanted = run.requests
+    data = Data(sources=wanted.sources, template=run.data.template)
+    rows = prompt_dataset(data, tokenizer, run.model.path, context, wanted.max_tokens)
+    greedy = Sampling(wanted.max_tokens, temperature=0)
+    rollouts, texts = complete(engine, tokenizer, rows, greedy, 1, run.seed, run.batch_size)
+    replies = [final_answer(text).strip() for text in texts]
+    declines = [bool(re.search(wanted.declines, reply, re.IGNORECASE)) for reply in replies]
+    harmless = [place for place, row in enumerate(rows) if row["kind"] != UNSAFE]
+    unsafe = [place for place, row in enumerate(rows) if row["kind"] == UNSAFE]
+    answered = [float(bool(replies[i]) and not declines[i] and rollouts[i].finish_reason == "stop") for i in harmless]
+    declined = [float(declines[i]) for i in unsafe]
+    as_reference = [
+        float(reply == row["answer"]) for reply, row in zip(replies, rows, strict=True) if row["answer"] is not None
+    ]
+    scores = RequestScores(
+        requests=len(rows),
+        answered=_mean(answered),
+        answered_ci95=clustered_interval(answered) if answered else None,
+        declined=_mean(declined),
+        declined_ci95=clustered_interval(declined) if declined else None,
+        as_reference=_mean(as_reference),
+        helpfulness=_model_mean("helpfulness", wanted.helpfulness, [(texts[i], rows[i]) for i in harmless]),
+        safety=_model_mean("safety", wanted.safety, list(zip(texts, rows, strict=True))),
+    )
+    return scores, with_texts(list(rows), texts)
+
+
+def _model_mean(name: str, folder: str | None, judged: list[tuple[str, dict]]) -> float | None:
+    if folder is None or not judged:
+        return None
+    texts, rows = zip(*judged, strict=True)
+    return fmean(ModelReward(name, folder)(list(texts), list(rows)))
+
+
+def _mean(values: list[float]) -> float | None:
+    return fmean(values) if values else None

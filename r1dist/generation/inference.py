@@ -1,0 +1,40 @@
+"""An engine over fixed weights: for sampling, evaluation and chat."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Model
+from ..config import Rollout as RolloutSettings
+from ..models import model_path, stop_ids
+from .engine import Engine
+from .local import load_engine
+from .vllm.start import connect_fixed, start_managed
+
+
+@contextmanager
+def fixed_engine(
+    rollout: RolloutSettings, model: Model, tokenizer: PreTrainedTokenizerBase, tokens: int, folder: Path
+) -> Iterator[Engine]:
+    """The engine that `rollout` asks for, with `model`'s own weights; managed servers end with the context.
+
+    Args:
+        tokens: The longest prompt and completion together.
+        folder: Where managed servers leave their logs.
+    """
+    if rollout.engine == "transformers":
+        yield load_engine(model, tokenizer, rollout.batch_size)
+        return
+    managed = rollout.servers == "managed"
+    servers = start_managed(rollout, model_path(model), model.dtype, tokens, folder, trainers=0) if managed else None
+    try:
+        engine = connect_fixed(rollout, folder, stop_ids(model, tokenizer))
+        try:
+            yield engine
+        finally:
+            engine.close()
+    finally:
+        if servers is not None:
+            servers.stop()

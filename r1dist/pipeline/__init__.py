@@ -1,0 +1,1 @@
+"""The R1 stages as a graph that runs, resumes and reports."""

@@ -1,0 +1,213 @@
+"""A recipe as a graph: the stages, their inputs, and the commands that run them."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from ..config import EvaluateRun, GRPORun, RewardModelRun, SampleRun, SFTRun
+from ..config.loader import as_tree, parse
+from ..config.pipeline import PipelineRun, Stage
+from ..errors import UserError
+
+EVALUATION = ".evaluation"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all stages of a kind have in common."""
+
+    script: str
+    run_class: type
+    trains: bool
+    """Launched by Accelerate; leaves a model and checkpoints on the way."""
+    rolls_out: bool
+    answers: bool = True
+    """Leaves a model that can be asked, and is evaluated so."""
+
+
+KINDS = {
+    "grpo": Kind("grpo.py", GRPORun, trains=True, rolls_out=True),
+    "sft": Kind("sft.py", SFTRun, trains=True, rolls_out=False),
+    "reward_model": Kind("reward_model.py", RewardModelRun, trains=True, rolls_out=False, answers=False),
+    "sample": Kind("sample.py", SampleRun, trains=False, rolls_out=True, answers=False),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a recipe: a stage, or the evaluation of one."""
+
+    name: str
+    stage: Stage
+    uses: tuple[str, ...]
+    """Names of the stages whose outputs it reads."""
+    needs: tuple[str, ...]
+    """Names of the steps that must be done before."""
+    command: list[str]
+    config: dict
+    """The resolved configuration that the command will run with."""
+    output: Path
+    """What it leaves: a model's folder or a file."""
+    folder: Path | None
+    """The folder that is its own while it runs; None if it leaves one file."""
+    trains: bool
+    accelerate: str | None = None
+
+
+class Graph:
+    """The stages of `run` in an order in which each finds what it needs.
+
+    Args:
+        run: The pipeline.
+        configs: The folder of the pipeline's YAML and of the stages' YAMLs.
+        launch: The folder of the launchers.
+
+    Raises `UserError` for a cycle, a stage that is not there, a missing field, and whatever is wrong in a
+    stage's own YAML.
+    """
+
+    def __init__(self, run: PipelineRun, configs: Path, launch: Path):
+        self.run = run
+        self.configs = configs
+        self.launch = launch
+        self.folder = Path(run.output_dir)
+        self.stages = {stage.name: stage for stage in run.stages}
+        self._check()
+        self.steps = self._ordered([step for stage in run.stages for step in self._steps(stage)])
+
+    def output(self, name: str) -> Path | str:
+        """The model or dataset that the stage `name` leaves."""
+        stage = self.stages[name]
+        if stage.kind == "base":
+            return stage.model
+        return self.folder / name / "rows.jsonl" if stage.kind == "sample" else self.folder / name
+
+    def edges(self) -> list[tuple[str, str]]:
+        """(from, to) for each stage that another takes something of."""
+        return [(source, stage.name) for stage in self.run.stages for source in dict.fromkeys(stage.inputs.values())]
+
+    def chosen(self) -> list[Step]:
+        """The steps that `only`, `from` and `until` leave."""
+        run, names = self.run, set(self.stages)
+        asked = {"only": run.only or [], "from": [run.from_], "until": [run.until]}
+        for field, name in ((field, name) for field, values in asked.items() for name in values):
+            if name is not None and name not in names:
+                raise UserError(f"--{field}: there is no stage `{name}`; there are {', '.join(self.stages)}.")
+        needed = {
+            name: {need for step in self.steps.values() if step.stage.name == name for need in step.uses}
+            for name in names
+        }
+        if run.only is not None:
+            names &= set(run.only)
+        if run.until is not None:
+            names &= _closure(run.until, needed)
+        if run.from_ is not None:
+            names &= _closure(run.from_, {name: {n for n in needed if name in needed[n]} for name in needed})
+        if not names:
+            raise UserError("--only, --from and --until leave no stage to run; take one of them away.")
+        return [step for step in self.steps.values() if step.stage.name in names]
+
+    def _check(self) -> None:
+        if self.run.launcher == "accelerate" and self.run.accelerate is None:
+            raise UserError("`accelerate` is missing: the configuration to launch with; or set `launcher: job`.")
+        if len(self.stages) < len(self.run.stages):
+            raise UserError("stages: two of them have the same name; each needs its own.")
+        for stage in self.stages.values():
+            if stage.kind == "base" and (stage.model is None or stage.inputs or stage.config):
+                raise UserError(f"stages: `{stage.name}` is a base stage: it needs `model`, and nothing else.")
+            if stage.kind != "base" and stage.config is None:
+                raise UserError(f"stages: `{stage.name}` needs `config`, its YAML.")
+            for field, source in (stage.inputs | stage.evaluate_inputs).items():
+                if source not in self.stages:
+                    raise UserError(
+                        f"stages: `{stage.name}` takes `{field}` from `{source}`, which is no stage; "
+                        f"there are {', '.join(self.stages)}."
+                    )
+
+        for goal in self.run.goals:
+            bounds = [goal.above, goal.below, goal.not_below, goal.at_least]
+            if sum(bound is not None for bound in bounds) != 1:
+                what = f"goals: `{goal.score}` of `{goal.stage}`"
+                raise UserError(f"{what} needs one of `above`, `below`, `not_below` and `at_least`.")
+            for name in (goal.stage, *bounds[:3]):
+                if name is not None and name not in self.stages:
+                    raise UserError(f"goals: there is no stage `{name}`; there are {', '.join(self.stages)}.")
+
+    def _ordered(self, steps: list[Step]) -> dict[str, Step]:
+        """By name, each after what it needs; of those that are free an evaluation, then the YAML's first."""
+        by_name = {step.name: step for step in steps}
+        places = {step.name: (step.folder is not None, place) for place, step in enumerate(steps)}
+        sorter = TopologicalSorter({step.name: step.needs for step in steps})
+        try:
+            sorter.prepare()
+        except CycleError as error:
+            circle = " -> ".join(error.args[1])
+            raise UserError(f"stages: {circle} is a cycle; none of them could ever begin.") from error
+        free, ordered = [], {}
+        while sorter.is_active():
+            free = sorted([*free, *sorter.get_ready()], key=places.__getitem__)
+            ordered[free[0]] = by_name[free[0]]
+            sorter.done(free.pop(0))
+        return ordered
+
+    def _steps(self, stage: Stage) -> Iterator[Step]:
+        if stage.kind != "base":
+            yield self._stage_step(stage)
+        if stage.kind == "base" or KINDS[stage.kind].answers:
+            yield self._evaluation_step(stage)
+
+    def _trained(self, stages: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name for name in stages if self.stages[name].kind != "base")
+
+    def _stage_step(self, stage: Stage) -> Step:
+        kind = KINDS[stage.kind]
+        arguments = ["--config", str(self.configs / stage.config)]
+        for field, source in stage.inputs.items():
+            arguments += [f"--{field}", str(self.output(source))]
+        arguments += ["--output_dir", str(self.folder / stage.name), "--seed", str(self.run.seed)]
+        if kind.rolls_out and self.run.engine is not None:
+            arguments += ["--rollout.engine", self.run.engine]
+        by_job = self.run.launcher == "job"
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", self.run.accelerate] if kind.trains else []
+        words = [str(self.launch / "job.py"), stage.kind] if by_job else [*launcher, str(self.launch / kind.script)]
+        return Step(
+            name=stage.name,
+            stage=stage,
+            uses=tuple(stage.inputs.values()),
+            needs=self._trained(stage.inputs.values()),
+            command=[sys.executable, *words, *arguments],
+            config=as_tree(parse(kind.run_class, arguments)),
+            output=Path(self.output(stage.name)),
+            folder=self.folder / stage.name,
+            trains=kind.trains,
+            accelerate=self.run.accelerate if kind.trains and not by_job else None,
+        )
+
+    def _evaluation_step(self, stage: Stage) -> Step:
+        output = self.folder / "evaluations" / f"{stage.name}.json"
+        config = self.configs / (stage.evaluate or self.run.evaluate)
+        arguments = ["--config", str(config), "--model.path", str(self.output(stage.name)), "--output", str(output)]
+        for field, source in stage.evaluate_inputs.items():
+            arguments += [f"--{field}", str(self.output(source))]
+        return Step(
+            name=f"{stage.name}{EVALUATION}",
+            stage=stage,
+            uses=(stage.name, *stage.evaluate_inputs.values()),
+            needs=self._trained([stage.name, *stage.evaluate_inputs.values()]),
+            command=[sys.executable, str(self.launch / "evaluate.py"), *arguments],
+            config=as_tree(parse(EvaluateRun, arguments)),
+            output=output,
+            folder=None,
+            trains=False,
+        )
+
+
+def _closure(start: str, following: dict[str, set[str]]) -> set[str]:
+    """`start` and everything that can be reached from it."""
+    found, waiting = set(), {start}
+    while waiting:
+        found |= waiting
+        waiting = set().union(*(following[name] for name in waiting)) - found
+    return found

@@ -1,1 +1,0 @@
-"""The stages of a recipe, run one after another as commands of their own."""

@@ -1,0 +1,147 @@
+"""Reward models: TRL's trainer on pairs (helpfulness), a classifier on labels (safety).
+
+Rows are put into tokens by the very function that scores with the model later.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import trl
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from ..config import RewardModelRun
+from ..config.trl_fields import trl_value
+from ..data.sources import load_labels, load_pairs
+from ..data.templates import check_chat_template
+from ..errors import UserError
+from ..evaluation.intervals import clustered_interval
+from ..files import write_json
+from ..models import load_tokenizer, model_init_kwargs, model_path
+from ..rewards.model import ModelReward, conversation_ids
+from ..run.checkpoints import ResumableTrainer
+from ..run.process import set_up_process
+from ..run.progress import show_progress
+from ..run.setup import hardware_defaults, run_folder, trl_arguments
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = {"loss": "loss", "accuracy": "accuracy", "margin": "margin"}
+SCORES = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How often the model is right on rows that it was not trained on."""
+
+    rows: int
+    accuracy: float
+    ci95: tuple[float, float]
+
+
+class PairTrainer(ResumableTrainer, trl.RewardTrainer):
+    """TRL's: -log sigmoid(score of the chosen - score of the rejected)."""
+
+
+class LabelTrainer(ResumableTrainer, Trainer):
+    """Binary cross-entropy of one logit, 1 for good."""
+
+
+def train(run: RewardModelRun) -> None:
+    """Train from `run.model`, save the model into `output_dir` and measure it on `run.holdout`."""
+    set_up_process()
+    tokenizer = load_tokenizer(run.model)
+    check_chat_template(tokenizer, "chat", run.model.path)
+    pairwise = run.loss == "pairwise"
+    dataset = (pair_dataset if pairwise else label_dataset)(run, tokenizer)
+    arguments = trl_arguments(
+        trl.RewardConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model)
+    )
+    with run_folder(run, "reward_model") as checkpoint:
+        common = {"args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
+        common["stall_timeout"] = run.train.stall_timeout
+        if pairwise:
+            trainer = PairTrainer(model=model_path(run.model), **common)
+        else:
+            collator = DataCollatorWithPadding(tokenizer)
+            trainer = LabelTrainer(model=new_classifier(run, tokenizer), data_collator=collator, **common)
+        show_progress(trainer, COLUMNS)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        if run.holdout and trainer.is_world_process_zero():
+            scores = measure(run)
+            logger.info("right on %.1f %% of %d rows held out", 100 * scores.accuracy, scores.rows)
+            write_json(Path(arguments.output_dir) / SCORES, asdict(scores))
+        trainer.accelerator.end_training()  # as in grpo.py
+
+
+def measure(run: RewardModelRun) -> Scores:
+    """The saved model on `run.holdout`: the better reply scored higher, or the label on its side of a half."""
+    if run.loss == "pairwise":
+        rows = load_pairs(run.holdout)
+        model = ModelReward("helpfulness", run.trl["output_dir"])
+        chosen, rejected = (model(rows[name], list(rows)) for name in ("chosen", "rejected"))
+        right = [float(better > worse) for better, worse in zip(chosen, rejected, strict=True)]
+    else:
+        rows = load_labels(run.holdout)
+        scores = ModelReward("safety", run.trl["output_dir"])(rows["completion"], list(rows))
+        right = [float((score > 0.5) == bool(label)) for score, label in zip(scores, rows["label"], strict=True)]
+    return Scores(len(right), fmean(right), clustered_interval(right))
+
+
+def pair_dataset(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """`chosen_ids` and `rejected_ids`, as TRL takes them."""
+
+    def convert(row: dict) -> dict:
+        return {
+            f"{name}_ids": conversation_ids(tokenizer, row["problem"], row[name]) for name in ("chosen", "rejected")
+        }
+
+    rows = load_pairs(run.sources)
+    return _fitting(run, rows.map(convert, remove_columns=rows.column_names, desc=None))
+
+
+def label_dataset(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """`input_ids` and `labels`, a list of one number."""
+
+    def convert(row: dict) -> dict:
+        ids = conversation_ids(tokenizer, row["problem"], row["completion"])
+        return {"input_ids": ids, "labels": [float(row["label"])]}
+
+    rows = load_labels(run.sources)
+    return _fitting(run, rows.map(convert, remove_columns=rows.column_names, desc=None))
+
+
+def _fitting(run: RewardModelRun, rows: Dataset) -> Dataset:
+    limit = trl_value(run, "max_length")
+    if limit is None:
+        return rows
+    fitting = rows.filter(lambda row: all(len(ids) <= limit for name, ids in row.items() if name != "labels"))
+    dropped = len(rows) - len(fitting)
+    if dropped:
+        logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(rows), limit)
+    if not len(fitting):
+        raise UserError(f"sources: none of the {len(rows)} rows fits into max_length = {limit} tokens.")
+    return fitting
+
+
+def new_classifier(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> AutoModelForSequenceClassification:
+    """`run.model` with a head of one logit, drawn by the run's seed, as TRL does for pairs."""
+    set_seed(trl_value(run, "seed"))
+    with suppress_seqcls_warning():
+        return AutoModelForSequenceClassification.from_pretrained(
+            model_path(run.model),
+            num_labels=1,
+            problem_type="multi_label_classification",  # transformers' name for cross-entropy on each logit
+            pad_token_id=tokenizer.pad_token_id,
+            **model_init_kwargs(run.model),
+        )

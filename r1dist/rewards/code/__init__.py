@@ -1,0 +1,1 @@
+"""Verification of programs in a sandbox."""

@@ -1,0 +1,105 @@
+"""A GRPO run from its configuration to the saved policy."""
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+import trl
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..config import GRPORun
+from ..config.trl_fields import trl_value
+from ..data.prompts import prompt_dataset
+from ..errors import RunStopped, UserError, VerifiersBroken
+from ..generation.engine import RolloutsLost
+from ..generation.traces import TraceWriter
+from ..generation.trainer_engines import local_engine, managed_servers, server_engine
+from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
+from ..rewards import VERIFIERS, Rewards
+from ..rewards.pool import Pool
+from ..run.process import set_up_process
+from ..run.progress import show_progress
+from ..run.setup import computing_dtype, hardware_defaults, lora_config, run_folder, trl_arguments
+from .trainer import GRPOTrainer
+
+COLUMNS = {
+    "reward": "reward",
+    "accuracy": "rewards/accuracy/mean",
+    "format": "rewards/format/mean",
+    "tokens": "completions/mean_length",
+    "seconds": "step_time",
+}
+
+
+def train(run: GRPORun) -> None:
+    """Train from `run.model` and save the policy into `output_dir`."""
+    set_up_process()
+    with Pool(VERIFIERS, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
+        _train(run, pool)
+
+
+def _train(run: GRPORun, pool: Pool) -> None:
+    # Before TRL's arguments: once they have set transformers up for ZeRO-3, a reward model would be sharded, too.
+    rewards = Rewards(run.rewards, pool)
+    tokenizer = load_tokenizer(run.model)
+    context = load_model_config(run.model).max_position_embeddings
+    dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, trl_value(run, "max_completion_length"))
+    arguments = grpo_arguments(run)
+    dtype = computing_dtype(arguments, run.model.dtype)
+    longest = max(dataset["prompt_length"]) + arguments.max_completion_length
+    with run_folder(run, "grpo") as checkpoint, managed_servers(run, dtype, longest, arguments.process_index):
+        trainer = build_trainer(run, arguments, tokenizer, dataset, rewards)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (RolloutsLost, VerifiersBroken) as error:
+            raise RunStopped(f"{error}\n{save_before_stopping(trainer)}") from error
+        finally:
+            trainer.close()
+        trainer.save_model()
+    # If one rank ends before another, their process group still open, some abort.
+    trainer.accelerator.end_training()
+
+
+def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
+    """TRL's configuration of `run`, with what our own sections decide."""
+    fields = {**hardware_defaults(run.trl), "model_init_kwargs": model_init_kwargs(run.model)}
+    return trl_arguments(trl.GRPOConfig, **fields, remove_unused_columns=False)
+
+
+def build_trainer(
+    run: GRPORun, arguments: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, rewards: Rewards
+) -> GRPOTrainer:
+    """The trainer of `run`, ready to train. Raises `UserError` for what this machine cannot do."""
+    if run.train.activation_offload and not torch.cuda.is_available():
+        raise UserError("train.activation_offload saves a GPU's memory, and there is no GPU here. Leave it out.")
+    if run.rollout.engine == "vllm":
+        serves_own = run.rollout.serve.dtype == "auto"
+        dtype = computing_dtype(arguments, run.model.dtype) if serves_own else run.rollout.serve.dtype
+        make_engine: Callable = functools.partial(server_engine, run.rollout, dtype, dataset[0]["prompt_ids"])
+    else:
+        make_engine = functools.partial(local_engine, run.rollout.batch_size)
+    trainer = GRPOTrainer(
+        make_engine=make_engine,
+        rewards=rewards,
+        settings=run.train,
+        max_staleness=run.rollout.max_staleness,
+        traces=TraceWriter(arguments.output_dir, arguments.process_index),
+        model=model_path(run.model),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora_config(run.model.lora),
+    )
+    show_progress(trainer, COLUMNS)
+    return trainer
+
+
+def save_before_stopping(trainer: GRPOTrainer) -> str:
+    """Save a checkpoint, unless no step was finished; returns where it is."""
+    step = trainer.state.global_step
+    if step == 0:
+        return "No step was finished, so there is nothing to save."
+    trainer.save_step_start()
+    return f"Step {step} is saved in {trainer.args.output_dir}; --resume continues from there."

@@ -1,1 +1,0 @@
-"""Who generates: one small protocol, and the engines that fulfil it."""

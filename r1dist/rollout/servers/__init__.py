@@ -1,1 +1,0 @@
-"""vLLM servers: starting and keeping them, and asking them for rollouts."""

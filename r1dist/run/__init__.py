@@ -1,0 +1,1 @@
+"""One run: its folder, checkpoints and resume, signals, watchdog, metrics and traces."""

@@ -1,0 +1,43 @@
+"""What a process of this project sets up before anything else."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import datasets
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..logs import set_up_logging
+
+
+def set_up_process() -> None:
+    """Quiet libraries, our own log from rank 0, and what CPU runs need."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    set_up_logging(level)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # DeepSpeed's ZeRO 3 calls something deprecated at each gathering, which a user can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not torch.cuda.is_available():
+        # Left to guess, DeepSpeed finds the CPU as well, with a warning.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.serialization.register_package(0, lambda storage: None, _restore_to_cpu)
+
+
+def _restore_to_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """Several CPU processes save tensors as on "cpu:0", a place that torch cannot load back to by itself."""
+    return storage if location.startswith("cpu:") else None
+
+
+def choose_default(with_gpu: Path, without_gpu: Path) -> Path:
+    """The recipe of a launch without `--config`; prints which one and why, once, before anything else."""
+    if torch.cuda.is_available():
+        chosen, why = with_gpu, f"found {torch.cuda.get_device_name(0)}"
+    else:
+        chosen, why = without_gpu, "found no GPU"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"No --config given and {why}: running {os.path.relpath(chosen)}", flush=True)
+    return chosen

@@ -1,0 +1,112 @@
+"""Finding the newest good checkpoint to resume from, and refusing one of another configuration."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..config.tree import changed_on_resume
+from ..errors import UserError
+from ..files import METRICS, RUN_FILE, TRACES
+from .checkpoints import STAGING, damage, read_state, step_of
+
+logger = logging.getLogger(__name__)
+
+
+def check_same(folder: Path, run_class: type, tree: dict) -> None:
+    """Raises `UserError`, which names the fields, if the run in `folder` has another configuration than `tree`."""
+    before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["config"]
+    if changed := changed_on_resume(run_class, before, tree):
+        shown = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in list(changed.items())[:5])
+        raise UserError(
+            f"output_dir {folder} holds a run of another configuration: {shown}.\n"
+            "Restore these fields, or choose another output_dir. docs/configuration_reference.md says what may change."
+        )
+
+
+def newest_checkpoint(folder: Path, batch: dict[str, int]) -> str | None:
+    """The newest good checkpoint of `folder` that this number of processes can resume from; every rank calls it.
+
+    The first rank removes what is newer: checkpoints (damaged ones are renamed), and lines of metrics and traces,
+    which the run will write again.
+
+    Args:
+        batch: The run's `run.setup.batch_shape`.
+
+    Raises `UserError` if this run's batch or number of processes fits no checkpoint.
+    """
+    found = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = _choose(folder, batch)
+        except UserError as error:
+            found[1] = str(error)
+    checkpoint, refused = broadcast_object_list(found)
+    if refused is not None:
+        raise UserError(refused)
+    return checkpoint
+
+
+def _choose(folder: Path, batch: dict[str, int]) -> str | None:
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    for leftover in folder.glob(".old-checkpoint-*"):
+        shutil.rmtree(leftover)
+    chosen = None
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        wrong = damage(checkpoint)
+        if wrong is not None:
+            renamed = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            checkpoint.rename(renamed)
+            logger.warning("%s is damaged: %s. It is now %s; an older one is used.", checkpoint, wrong, renamed.name)
+        elif chosen is None and _fits(checkpoint, batch):
+            chosen = checkpoint
+        elif chosen is None:
+            shutil.rmtree(checkpoint)  # newer than the one that the run resumes from
+    step = 0 if chosen is None else step_of(chosen)
+    _keep_lines(folder / METRICS, lambda line: line["step"] <= step and "train_runtime" not in line)
+    if chosen is None or read_state(chosen)["processes"] != PartialState().num_processes:
+        for trace in (folder / TRACES).glob("*.jsonl"):
+            _keep_lines(trace, lambda line: line["step"] < step)
+    return None if chosen is None else str(chosen)
+
+
+def _fits(checkpoint: Path, batch: dict[str, int]) -> bool:
+    """Whether these processes can resume from a checkpoint; raises `UserError` if from none of its run."""
+    state, processes = read_state(checkpoint), PartialState().num_processes
+    for name, size in batch.items():
+        if state["batch"][name] != size:
+            what = "its steps had" if name == "rows" else "its generations had"
+            raise UserError(
+                f"{checkpoint}: {what} {state['batch'][name]} rows, {size} now, with {processes} processes instead of "
+                f"{state['processes']}.\nSet gradient_accumulation_steps, per_device_train_batch_size or "
+                "steps_per_generation so that the rows of all processes add up to the same."
+            )
+    if state["processes"] == processes:
+        return True
+    if state["deepspeed"]:
+        raise UserError(
+            f"{checkpoint} was saved by {state['processes']} processes under DeepSpeed, which splits the optimizer "
+            f"into as many parts; there are {processes}.\nStart as many. (Simplified: the parts are not merged.)"
+        )
+    if state["in_generation"]:
+        logger.warning("%s is between the steps of a generation of %d processes; an older one is used.",
+                       checkpoint, state["processes"])  # fmt: skip
+        return False
+    logger.warning("%d processes instead of %d: prompts and their order are the same, the rounding of sums is not.",
+                   processes, state["processes"])  # fmt: skip
+    return True
+
+
+def _keep_lines(path: Path, keep) -> None:
+    """Keep the lines for which `keep` is true. A last line without its end was never written completely."""
+    if not path.exists():
+        return
+    kept = path.with_name(f".{path.name}")
+    with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
+        new.writelines(line for line in old if line.endswith("\n") and keep(json.loads(line)))
+    os.replace(kept, path)

@@ -1,0 +1,98 @@
+"""What every trainer of this project decides about TRL's arguments."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+from ..config import GRPORun, Lora, RewardModelRun, SFTRun
+from ..config.loader import as_tree
+from ..config.trl_fields import micro_steps_per_generation, trl_value
+from ..errors import RunStopped, UserError
+from ..files import ENDED, RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
+from .resume import check_same, newest_checkpoint
+
+
+def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Defaults: the CPU without a GPU, and bfloat16 only where a GPU has it."""
+    gpu = torch.cuda.is_available()
+    bf16 = gpu and torch.cuda.is_bf16_supported()
+    return {"use_cpu": not gpu, "bf16": bf16, "dataloader_pin_memory": gpu, **values}
+
+
+def computing_dtype(arguments: TrainingArguments, weights: str) -> str:
+    """The dtype of the trainer's computation."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else weights
+
+
+def lora_config(lora: Lora | None) -> Any:
+    """PEFT's configuration of the adapters, or None; raises `UserError` where PEFT is not installed."""
+    if lora is None:
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("model.lora: peft is not installed in this environment; `pip install -e '.[lora]'` adds it.")
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def trl_arguments(config_class: type, **values: Any) -> Any:
+    """Build TRL's configuration; what it refuses, it refuses as a `UserError` before anything is written."""
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def run_folder(run: GRPORun | SFTRun | RewardModelRun, launcher: str) -> Iterator[str | None]:
+    """The run's folder, locked inside the context; yields the checkpoint to resume from, if any.
+
+    All ranks wait for the first one's lock: a file that another rank wrote before it would look like
+    another run's. Enter it after TRL's arguments are built, which join the process group. A `RunStopped` is
+    written to `ended.json`, since `accelerate launch` and `torchrun` do not pass exit codes on. Raises `UserError`.
+    """
+    folder = Path(run.trl["output_dir"])
+    first = PartialState().is_main_process
+    # The first rank looks before it writes.
+    resume = broadcast_object_list([run.resume is True or (run.resume == "auto" and (folder / RUN_FILE).exists())])[0]
+    if first:
+        check_folder(folder, resume)
+        if resume:
+            check_same(folder, type(run), as_tree(run))
+    with lock_run_dir(folder) if first else nullcontext():
+        if first:
+            write_run_file(folder, launcher, as_tree(run))
+            (folder / ENDED).unlink(missing_ok=True)
+        PartialState().wait_for_everyone()
+        checkpoint = newest_checkpoint(folder, batch_shape(run)) if resume else None
+        if run.resume is True and checkpoint is None:
+            raise UserError(f"output_dir {folder} holds no whole checkpoint; --resume auto starts from the beginning.")
+        try:
+            yield checkpoint
+        except RunStopped as stopped:
+            if first:
+                write_json(folder / ENDED, {"code": stopped.code, "reason": str(stopped)})
+            raise
+
+
+def batch_shape(run: GRPORun | SFTRun | RewardModelRun) -> dict[str, int]:
+    """The rows of an optimizer step and, in RL, of a generation, over all ranks: a resume may not change them."""
+    processes = PartialState().num_processes
+    each, accumulated = (trl_value(run, f) for f in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    shape = {"rows": each * accumulated * processes}
+    if isinstance(run, GRPORun):
+        shape["generation_rows"] = each * micro_steps_per_generation(run, processes) * processes
+    return shape

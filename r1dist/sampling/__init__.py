@@ -1,0 +1,1 @@
+"""Cold-start data and rejection sampling."""

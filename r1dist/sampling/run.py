@@ -1,0 +1,123 @@
+"""`launch/sample.py`: draw what is missing, then choose among all that was drawn."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from ..config import SampleRun
+from ..config.loader import as_tree
+from ..config.tree import changed_on_resume
+from ..errors import RunStopped, UserError, VerifiersBroken
+from ..files import RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
+from ..generation.engine import RolloutsLost
+from ..rewards import VERIFIERS
+from ..rewards.pool import Pool
+from ..run.process import set_up_process
+from .draw import draw
+from .select import Tally, filters_text, mixed, select
+
+logger = logging.getLogger(__name__)
+
+ROWS, REPORT, SAMPLES = "rows.jsonl", "report.json", "samples"
+INDIFFERENT = {"rollout", "verify", "dry_run", "output_dir"}  # to which rows are chosen
+
+
+def sample(run: SampleRun) -> dict:
+    """Draw, verify and choose; leaves `rows.jsonl` and `report.json` in `output_dir` and returns the report.
+
+    Raises `UserError` if nothing is left, if the folder's samples were drawn otherwise, or if another process
+    is at work there.
+    """
+    set_up_process()
+    folder = Path(run.output_dir)
+    with _ours(run, folder), Pool(VERIFIERS, run.verify) as pool:
+        with _turn(run, folder):
+            _begin(run, folder)
+        journals = {}
+        for number, generator in enumerate(run.generators):
+            try:
+                journals[generator.name] = draw(run, number, folder / SAMPLES, pool)
+            except (RolloutsLost, VerifiersBroken) as error:
+                raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
+        with _turn(run, folder):
+            return _chosen_by_another(run, folder) or _choose(run, folder, journals)
+
+
+def _ours(run: SampleRun, folder: Path) -> AbstractContextManager:
+    """The folder is this process's alone, unless shards are shared out."""
+    return lock_run_dir(folder) if run.shard is None else nullcontext()
+
+
+def _turn(run: SampleRun, folder: Path) -> AbstractContextManager:
+    """What only one of several processes does at a time."""
+    return nullcontext() if run.shard is None else lock_run_dir(folder, wait=True)
+
+
+def _begin(run: SampleRun, folder: Path) -> None:
+    if (folder / RUN_FILE).exists():
+        _check_same(folder / RUN_FILE, run)
+    else:
+        check_folder(folder, resume=False)
+    write_run_file(folder, "sample", as_tree(run))
+    (folder / SAMPLES).mkdir(exist_ok=True)
+
+
+def _chosen_by_another(run: SampleRun, folder: Path) -> dict | None:
+    """The report of a process that took part and was faster."""
+    if run.shard is None or not (folder / ROWS).exists():
+        return None
+    report = json.loads((folder / REPORT).read_text())
+    return report if report["settings"] == _settings(run) else None
+
+
+def _settings(run: SampleRun) -> str:
+    """A digest of what decides which rows are chosen."""
+    tree = {field: value for field, value in as_tree(run).items() if field not in INDIFFERENT}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> dict:
+    tallies = {generator.name: Tally() for generator in run.generators}
+    further: dict[str, int] = {}
+
+    def rows() -> Iterator[dict]:
+        seen: set[str] = set()
+        for generator in run.generators:
+            yield from select(run, generator, journals[generator.name], seen, tallies[generator.name])
+        if not any(tally.kept for tally in tallies.values()):
+            raise UserError(f"filters: no sample is left. {filters_text(tallies)}.")
+        for row in mixed(run):
+            further[row["source"]] = further.get(row["source"], 0) + 1
+            yield row
+
+    partial = folder / f".{ROWS}"
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+        file.flush()
+        os.fsync(file.fileno())
+    report = {
+        "rows": sum(tally.kept for tally in tallies.values()) + sum(further.values()),
+        "generators": {name: asdict(tally) for name, tally in tallies.items()},
+        "mixed": further,
+        "settings": _settings(run),
+    }
+    write_json(folder / REPORT, report)
+    os.replace(partial, folder / ROWS)
+    logger.info("%d rows in %s; %s", report["rows"], folder / ROWS, filters_text(tallies))
+    return report
+
+
+def _check_same(run_file: Path, run: SampleRun) -> None:
+    """Refuse to continue with samples of other settings."""
+    before = json.loads(run_file.read_text())["config"]
+    if changed := changed_on_resume(SampleRun, before, as_tree(run)):
+        key, (old, new) = next(iter(changed.items()))
+        raise UserError(
+            f"output_dir {run_file.parent} holds samples that were drawn with `{key}` {old!r}, now it is {new!r}.\n"
+            "Choose another --output_dir, or remove that one."
+        )

@@ -1,0 +1,108 @@
+"""From the journals to the dataset: filters, a bound of rows for each prompt, no text twice, further rows added."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from ..config import Generator, SampleRun
+from ..data.sources import load_conversations
+from .filters import Sample, fault, refine, scores
+
+
+@dataclass
+class Tally:
+    """Counts of one generator's samples: kept, and dropped by which filter."""
+
+    prompts: int = 0
+    samples: int = 0
+    tokens: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> samples."""
+
+
+def select(run: SampleRun, generator: Generator, journals: list[Path], seen: set[str], tally: Tally) -> Iterator[dict]:
+    """The rows that `generator` gives, in the order of its prompts; counts into `tally`.
+
+    `seen` holds the completions of the rows so far, of all generators, with white space and case taken out.
+    """
+    quota = None if run.rows is None else round(run.rows * generator.share)
+    for line in chain.from_iterable(map(_by_prompt, journals)):
+        taken = 0
+        tally.prompts += 1
+        for index, raw in enumerate(line["samples"]):
+            sample = Sample(raw["text"], raw["tokens"], raw["finished"], raw["accuracy"])
+            text = sample.text if generator.refine is None else refine(sample.text, generator.refine)
+            scored = scores(sample, text, run.filters)
+            key = "".join(f"{line['problem']}{text}".lower().split())
+            reason = fault(sample, text, scored, run.filters)
+            if reason is None and key in seen:
+                reason = "seen before"
+            if reason is None and taken == generator.per_prompt:
+                reason = "enough of this prompt"
+            if reason is None and tally.kept == quota:
+                reason = "enough of this generator"
+            tally.samples += 1
+            tally.tokens += sample.tokens
+            if reason is not None:
+                tally.dropped[reason] = tally.dropped.get(reason, 0) + 1
+                continue
+            seen.add(key)
+            taken += 1
+            tally.kept += 1
+            yield _row(run, generator, line, text, index, raw, scored)
+
+
+def mixed(run: SampleRun) -> Iterator[dict]:
+    """The rows of `run.mix`, as they are."""
+    for row in load_conversations(run.mix) if run.mix else []:
+        reply = {"role": "assistant", "content": row["completion"]}
+        common = {"answer": None, "source": row["source"], "kind": row["kind"], "provenance": None}
+        yield {"messages": [*row["messages"], reply], **common}
+
+
+def filters_text(tallies: dict[str, Tally]) -> str:
+    """How many samples each filter removed, by generator, as a sentence."""
+    parts = []
+    for name, tally in tallies.items():
+        by_count = sorted(tally.dropped.items(), key=lambda item: -item[1])
+        taken = ", ".join(f"{count} {reason}" for reason, count in by_count)
+        parts.append(f"{name}: {tally.samples} samples, dropped {taken or 'none'}")
+    return "; ".join(parts)
+
+
+def _by_prompt(journal: Path) -> Iterator[dict]:
+    """The journal's lines by prompt, whichever was finished first; one at a time in memory."""
+    with journal.open("rb") as file:
+        places = {}
+        place = 0
+        for line in file:
+            places[json.loads(line)["prompt_id"]] = place
+            place += len(line)
+        for _, place in sorted(places.items()):
+            file.seek(place)
+            yield json.loads(file.readline())
+
+
+def _row(run: SampleRun, generator: Generator, line: dict, text: str, index: int, raw: dict, scored: dict) -> dict:
+    turns = [{"role": "user", "content": line["problem"]}, {"role": "assistant", "content": text}]
+    return {
+        "messages": turns,
+        "answer": line["answer"],
+        "source": line["source"],
+        "kind": line["kind"],
+        "provenance": {
+            "generator": generator.name,
+            "model": generator.model.path,
+            "prompt_id": line["prompt_id"],
+            "sample_index": index,
+            "seed": raw["seed"],
+            "temperature": generator.sampling.temperature,
+            "top_p": generator.sampling.top_p,
+            "max_tokens": generator.sampling.max_tokens,
+            "tokens": raw["tokens"],
+            **scored,
+        },
+    }

@@ -1,0 +1,3 @@
+"""Supervised fine-tuning."""
+
+from ..run import trl_without_vllm  # noqa: F401

@@ -1,0 +1,44 @@
+"""SFT on completions: TRL's trainer, packed, with over-long rows dropped before packing could cut them."""
+
+import trl
+
+from ..config import SFTRun
+from ..config.trl_fields import trl_value
+from ..data.prompts import completion_dataset
+from ..models import load_tokenizer, model_init_kwargs, model_path
+from ..run.checkpoints import ResumableTrainer
+from ..run.process import set_up_process
+from ..run.progress import show_progress
+from ..run.setup import hardware_defaults, run_folder, trl_arguments
+
+COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
+# Packing joins rows to blocks of max_length; the loss falls on completions only.
+DEFAULTS = {"packing": True, "completion_only_loss": True}
+
+
+class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
+    """TRL's, which can be stopped anywhere and resumed."""
+
+
+def train(run: SFTRun) -> None:
+    """Fine-tune `run.model` and save it into `output_dir`."""
+    set_up_process()
+    tokenizer = load_tokenizer(run.model)
+    dataset = completion_dataset(run.data, tokenizer, run.model.path, trl_value(run, "max_length"))
+    arguments = trl_arguments(
+        trl.SFTConfig,
+        **{**DEFAULTS, **hardware_defaults(run.trl)},
+        model_init_kwargs=model_init_kwargs(run.model),
+    )
+    with run_folder(run, "sft") as checkpoint:
+        trainer = SFTTrainer(
+            model=model_path(run.model),
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            stall_timeout=run.train.stall_timeout,
+        )
+        show_progress(trainer, COLUMNS)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.accelerator.end_training()  # as in grpo.py

