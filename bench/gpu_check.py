@@ -45,7 +45,8 @@ def main() -> int:
     if "step" in options.only:
         parts["step"] = whole_step(TIMED_STEPS + 1)
         aims["step_ratio"] = aim(parts["step"]["ratio"], 1.5, "higher")
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "vllm")}
+    names = ["torch", "transformers", "trl", *(["vllm"] if parts.keys() - {"training"} else [])]
+    versions = {name: version(name) for name in names}
     show("gpu_check", aims, versions=versions, **parts)
     return 0 if all(result["finished"] for result in parts.get("rollouts", {}).get("runs", {}).values()) else 1
 
