@@ -5,18 +5,10 @@ from typing import Any
 from ..errors import UserError
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
-from .runs import GRPORun
+from .runs import GRPORun, TrainingRun
 from .sampling import SampleRun
 from .trl_fields import micro_steps_per_generation, trl_value
-
-# Fields of TRL's loss that ours does not have -> the value that switches them off.
-NOT_IMPLEMENTED = {
-    "entropy_coef": 0.0,
-    "use_adaptive_entropy": False,
-    "top_entropy_quantile": 1.0,
-    "off_policy_mask_threshold": None,
-    "use_liger_kernel": False,
-}
+from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
 
 
 def validate(run: Any, where: str, processes: int | None = None) -> None:
@@ -29,9 +21,13 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     """
     if isinstance(run, SampleRun):
         _check_generators(run)
+        _check_servers(run, where)
+    if isinstance(run, TrainingRun):
+        _check_supported(run, where)
     if not isinstance(run, GRPORun):
         return
     check_rewards(run.rewards)
+    _check_servers(run, where)
     _check_objective(run, where)
     _check_staleness(run, where)
     _check_pass_rate(run, where)
@@ -48,6 +44,27 @@ def _check_generators(run: SampleRun) -> None:
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
 
 
+def _check_supported(run: TrainingRun, where: str) -> None:
+    """Fields of TRL's that would break checkpoints, or that our trainers do without."""
+    table = UNSUPPORTED | (UNSUPPORTED_IN_GRPO if isinstance(run, GRPORun) else {})
+    for name, (allowed, why) in table.items():
+        if name in run.trl and run.trl[name] not in allowed:
+            raise UserError(f"{where}: `{name}` is not supported: it {why}. Leave it out.")
+    if run.resume and run.trl.get("save_only_model"):
+        raise UserError(
+            f"{where}: `save_only_model` leaves checkpoints without the optimizer, which `resume` needs; leave one of "
+            "them out."
+        )
+
+
+def _check_servers(run: GRPORun | SampleRun, where: str) -> None:
+    if run.rollout.engine != "vllm" and run.rollout.servers != "managed":
+        raise UserError(
+            f"{where}: `rollout.servers` names {run.rollout.servers}, but with `rollout.engine: transformers` no "
+            "server is asked.\nSet `rollout.engine: vllm`, or leave `rollout.servers` out."
+        )
+
+
 def _check_objective(run: GRPORun, where: str) -> None:
     loss_type = trl_value(run, "loss_type")
     if loss_type not in LOSS_TYPES:
@@ -55,9 +72,6 @@ def _check_objective(run: GRPORun, where: str) -> None:
             f"{where}: `loss_type` {loss_type} is not supported; there are {', '.join(LOSS_TYPES)}.\n"
             "GSPO is `loss_type: grpo` with `importance_sampling_level: sequence`."
         )
-    for name, off in NOT_IMPLEMENTED.items():
-        if trl_value(run, name) != off:
-            raise UserError(f"{where}: `{name}` is not supported; leave it out.")
     if trl_value(run, "sync_ref_model"):
         if trl_value(run, "beta") == 0:
             raise UserError(f"{where}: `sync_ref_model` resets the reference model, which `beta: 0` does without.")

@@ -169,6 +169,8 @@ class Graph:
         arguments += ["--output_dir", str(self.folder / stage.name), "--seed", str(self.run.seed)]
         if kind.rolls_out and self.run.engine is not None:
             arguments += ["--rollout.engine", self.run.engine]
+            if self.run.engine == "transformers":
+                arguments += ["--rollout.servers", "managed"]  # the YAML's would not be asked, which is refused
         by_job = self.run.launcher == "job"
         launcher = ["-m", "accelerate.commands.launch", "--config_file", self.run.accelerate] if kind.trains else []
         words = [str(self.launch / "job.py"), stage.kind] if by_job else [*launcher, str(self.launch / kind.script)]
