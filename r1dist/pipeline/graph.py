@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import yaml
+
 from ..config import EvaluateRun, GRPORun, RewardModelRun, SampleRun, SFTRun
 from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
@@ -75,6 +77,7 @@ class Graph:
         self.folder = Path(run.output_dir)
         self.stages = {stage.name: stage for stage in run.stages}
         self._check()
+        self.processes = None if run.launcher == "job" else _processes(Path(run.accelerate or ""))
         self.steps = self._ordered([step for stage in run.stages for step in self._steps(stage)])
 
     def output(self, name: str) -> Path | str:
@@ -180,7 +183,7 @@ class Graph:
             uses=tuple(stage.inputs.values()),
             needs=self._trained(stage.inputs.values()),
             command=[sys.executable, *words, *arguments],
-            config=as_tree(parse(kind.run_class, arguments)),
+            config=as_tree(parse(kind.run_class, arguments, processes=self.processes)),
             output=Path(self.output(stage.name)),
             folder=self.folder / stage.name,
             trains=kind.trains,
@@ -204,6 +207,14 @@ class Graph:
             folder=None,
             trains=False,
         )
+
+
+def _processes(accelerate: Path) -> int:
+    """The training processes that an Accelerate configuration starts."""
+    if not accelerate.is_file():
+        raise UserError(f"accelerate: there is no file {accelerate}.")
+    config = yaml.safe_load(accelerate.read_text(encoding="utf-8"))
+    return 1 if config.get("distributed_type", "NO") == "NO" else config["num_processes"]
 
 
 def _closure(start: str, following: dict[str, set[str]]) -> set[str]:
