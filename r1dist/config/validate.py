@@ -112,16 +112,26 @@ def _check_pass_rate(run: GRPORun, where: str) -> None:
 
 
 def _check_generation(run: GRPORun, where: str, processes: int | None) -> None:
-    """An optimizer step takes whole generations, or a whole share of one."""
+    """A generation is whole micro-steps, and an optimizer step takes whole generations, or a whole share of one."""
+    given = trl_value(run, "generation_batch_size")
+    if given is not None and trl_value(run, "steps_per_generation") is not None:
+        raise UserError(f"{where}: `generation_batch_size` and `steps_per_generation` say the same thing; keep one.")
+    if given is not None and processes is not None:
+        rows = trl_value(run, "per_device_train_batch_size") * processes
+        if given % rows:
+            raise UserError(
+                f"{where}: `generation_batch_size` {given} is no multiple of the {rows} rollouts of a micro-step "
+                f"(`per_device_train_batch_size` {rows // processes} x {processes} processes).\n"
+                f"It may be {' or '.join(str(n) for n in (given - given % rows, given - given % rows + rows) if n)}."
+            )
     steps = micro_steps_per_generation(run, processes)
-    if not steps:  # not known yet, or a `generation_batch_size` below one micro-step's, which TRL refuses
+    if steps is None:  # not known yet
         return
     accumulation = trl_value(run, "gradient_accumulation_steps")
     iterations = trl_value(run, "num_iterations")
     if steps % accumulation and accumulation % steps:
         fitting = [n for n in range(1, steps + accumulation) if n % accumulation == 0 or accumulation % n == 0]
         below, above = max(n for n in fitting if n < steps), min(n for n in fitting if n > steps)
-        given = trl_value(run, "generation_batch_size")
         source = "" if given is None else f" (`generation_batch_size` {given})"
         raise UserError(
             f"{where}: `steps_per_generation` {steps}{source} and `gradient_accumulation_steps` {accumulation}: one "

@@ -177,13 +177,15 @@ class Graph:
         by_job = self.run.launcher == "job"
         launcher = ["-m", "accelerate.commands.launch", "--config_file", self.run.accelerate] if kind.trains else []
         words = [str(self.launch / "job.py"), stage.kind] if by_job else [*launcher, str(self.launch / kind.script)]
+        # Cut off, a stage that trains is resumed; what cannot be is refused now.
+        asked = [*arguments, "--resume", "auto"] if kind.trains else arguments
         return Step(
             name=stage.name,
             stage=stage,
             uses=tuple(stage.inputs.values()),
             needs=self._trained(stage.inputs.values()),
             command=[sys.executable, *words, *arguments],
-            config=as_tree(parse(kind.run_class, arguments, processes=self.processes)),
+            config=as_tree(parse(kind.run_class, asked, processes=self.processes)),
             output=Path(self.output(stage.name)),
             folder=self.folder / stage.name,
             trains=kind.trains,

@@ -40,6 +40,11 @@ def test_the_plan_knows_the_processes(tmp_path):
     graph(tmp_path, uneven, "--launcher", "job")  # a job's processes depend on its nodes
 
 
+def test_a_stage_that_could_not_resume_is_refused_in_the_plan(tmp_path):
+    with pytest.raises(UserError, match="`save_only_model` leaves checkpoints without the optimizer"):
+        graph(tmp_path, {"per_device_train_batch_size": 4, "save_only_model": True})
+
+
 def test_a_job_checks_the_batch_of_all_its_processes(tmp_path):
     uneven = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "generation_batch_size": 96}
     tree = {**SMALL_GRPO, "output_dir": str(tmp_path / "run"), **uneven, "placement": {"processes": 2}}

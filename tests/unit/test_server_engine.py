@@ -70,7 +70,9 @@ def test_several_greedy_samples_are_asked_for_once(engine_of, servers):
     rollouts = generate(engine, asked(prompts=3), Sampling(max_tokens=8, temperature=0))
     assert [r.request for r in rollouts] == asked(prompts=3)
     # vLLM: "n must be 1 when using greedy sampling".
-    assert len(servers[0].seeds + servers[1].seeds) == servers[0].asked["completions"] + servers[1].asked["completions"]
+    assert (
+        len(servers[0].seeds + servers[1].seeds) == servers[0].asked["completions"] + servers[1].asked["completions"]
+    )
 
 
 @pytest.mark.parametrize(
