@@ -261,4 +261,5 @@ def _typed(check: Callable[[dict], Any], tree: dict, where: str, run_class: type
         if first["type"] in ("missing", "missing_argument"):
             raise UserError(f"{where}: `{key}` is missing.") from error
         got, what = first["input"], first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where}: `{key}`: {what}; got {got!r} ({type(got).__name__}).") from error
+        shown = "nothing (null)" if got is None else f"{got!r} ({type(got).__name__})"
+        raise UserError(f"{where}: `{key}`: {what}; got {shown}.") from error

@@ -30,6 +30,10 @@ class Plain(str):
 class Loader(yaml.SafeLoader):
     """Mappings, lists, quoted text, and `Plain`. A key that stands twice in a mapping is an error."""
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # an alias inside of what it names is an error then
+        return super().construct_document(node)
+
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
         return Plain(node.value) if node.style is None else node.value
 

@@ -170,6 +170,7 @@ def test_anchors_share_values_and_an_override_changes_one_place(tmp_path):
         ("no: 2", "`no` is not a field"),
         ("max_steps: !!python/object:os.system x", "is not YAML"),
         ("? [a]\n: 1", "is not YAML"),
+        ("rewards: &a [*a]", "recursive node"),
     ],
 )
 def test_what_is_no_configuration_is_refused_in_two_lines(tmp_path, small_grpo, text, message):
