@@ -36,7 +36,7 @@ def to_slurm(graph, argv: list[str]) -> None:
     from r1dist.pipeline.submit import submissions, submit
 
     # The job must not submit itself again; its nodes may have another home folder.
-    rest = [*argv, "--slurm", "null", "--dry_run", "false", "--output_dir", graph.run.output_dir]
+    rest = [*argv, "--output_dir", graph.run.output_dir, "--slurm", "null", "--dry_run", "false"]
     script = LAUNCH / "slurm" / "pipeline.slurm"
     if graph.run.dry_run:
         for _, command in submissions(graph, rest, script):

@@ -117,6 +117,9 @@ UNSUPPORTED_IN_GRPO: dict[str, tuple[tuple[Any, ...], str]] = {
     "top_entropy_quantile": ((1.0,), "is no part of the loss"),
     "off_policy_mask_threshold": ((None,), "is no part of the loss"),
     "use_liger_kernel": ((False,), "has a loss of its own"),
+    "label_smoothing_factor": ((0.0,), "is no part of the loss"),
+    "neftune_noise_alpha": ((None,), "trains on other probabilities than the rollouts were drawn from"),
+    "max_tool_calling_iterations": ((None,), "is about tools, which there are none of"),
     "data_seed": ((None,), "decides nothing; `seed` decides the order of prompts"),
     "train_sampling_strategy": (("random",), "decides nothing; prompts are shuffled, or not, by `shuffle_dataset`"),
 }

@@ -5,7 +5,7 @@ from typing import Any
 from ..errors import UserError
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
-from .runs import GRPORun, TrainingRun
+from .runs import GRPORun, SFTRun, TrainingRun
 from .sampling import SampleRun
 from .trl_fields import micro_steps_per_generation, trl_value
 from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
@@ -24,6 +24,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_servers(run, where)
     if isinstance(run, TrainingRun):
         _check_supported(run, where)
+    if isinstance(run, SFTRun):
+        _check_packing(run, where)
     if not isinstance(run, GRPORun):
         return
     check_rewards(run.rewards)
@@ -54,6 +56,18 @@ def _check_supported(run: TrainingRun, where: str) -> None:
         raise UserError(
             f"{where}: `save_only_model` leaves checkpoints without the optimizer, which `resume` needs; leave one of "
             "them out."
+        )
+
+
+def _check_packing(run: SFTRun, where: str) -> None:
+    packing, longest = run.trl.get("packing", True), trl_value(run, "max_length")
+    if packing and longest is None:
+        raise UserError(
+            f"{where}: `max_length` is the length of the blocks of `packing`; set it, or `packing: false`."
+        )
+    if trl_value(run, "padding_free") and not packing and longest is not None:
+        raise UserError(
+            f"{where}: `padding_free` without `packing` needs `max_length: null`; leave it out, or set that."
         )
 
 

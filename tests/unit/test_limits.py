@@ -146,7 +146,8 @@ def test_what_would_be_ignored_or_break_checkpoints_is_refused(small_grpo, name)
     other = {
         "accelerator_config": {"split_batches": True}, "fsdp": "full_shard", "fsdp_config": {"a": 1}, "data_seed": 3,
         "parallelism_config": {"a": 1}, "entropy_coef": 0.1, "top_entropy_quantile": 0.2,
-        "off_policy_mask_threshold": 0.5, "train_sampling_strategy": "sequential",
+        "off_policy_mask_threshold": 0.5, "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0,
+        "max_tool_calling_iterations": 2, "train_sampling_strategy": "sequential",
     }.get(name, True)  # fmt: skip
     assert "is not supported: it " in refused(GRPORun, small_grpo, name, other)
     if name in UNSUPPORTED:
@@ -166,6 +167,19 @@ def test_checkpoints_without_the_optimizer_are_not_resumed(small_grpo, resume):
         refused(run_class, {**tree, "resume": resume}, "save_only_model", True)
         build(run_class, {**tree, "save_only_model": True}, "run.yaml")
         build(run_class, {**tree, "save_only_model": False, "resume": resume}, "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_length": None}, "`max_length` is the length of the blocks of `packing`"),
+        ({"packing": False, "padding_free": True}, "`padding_free` without `packing` needs `max_length: null`"),
+    ],
+)
+def test_packing_needs_a_length_and_what_replaces_it_none(fields, message):
+    with pytest.raises(UserError, match=message):
+        build(SFTRun, {**SFT, **fields}, "run.yaml")
+    build(SFTRun, {**SFT, "packing": False, "padding_free": True, "max_length": None}, "run.yaml")
 
 
 def test_the_tables_name_real_fields():
