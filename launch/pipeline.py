@@ -35,7 +35,8 @@ def to_slurm(graph, argv: list[str]) -> None:
     """Submit the recipe, or with `--dry_run` print how."""
     from r1dist.pipeline.submit import submissions, submit
 
-    rest = [*argv, "--slurm", "null", "--dry_run", "false"]  # the job must not submit itself again
+    # The job must not submit itself again; its nodes may have another home folder.
+    rest = [*argv, "--output_dir", graph.run.output_dir, "--slurm", "null", "--dry_run", "false"]
     script = LAUNCH / "slurm" / "pipeline.slurm"
     if graph.run.dry_run:
         for _, command in submissions(graph, rest, script):

@@ -19,9 +19,10 @@ from types import SimpleNamespace
 import torch
 
 from ..config import GRPORun, PlacementConfig, SampleRun, Serve
-from ..config.loader import parse
+from ..config.loader import config_path, parse
 from ..config.pipeline import PipelineRun
 from ..config.trl_fields import trl_value
+from ..config.validate import validate
 from ..data.prompts import prompt_dataset
 from ..errors import Interrupted, RunStopped, StageFailed, UserError
 from ..files import LOGS, SERVERS, lock_run_dir
@@ -67,6 +68,8 @@ class JobLauncher:
         if self.kind.trains and machines.gpus and not torch.cuda.is_available():  # planned from a machine without
             self.config.trl.setdefault("bf16", True)
         self.placement = place(machines, load_of(self.config), config)
+        where = str(config_path(arguments) or "the command line")
+        validate(self.config, where, self.placement.world if self.kind.trains else None)
         self.asked = asked
         self._before: dict[Path, int] = {}
 
@@ -206,9 +209,9 @@ class JobLauncher:
 
     def _settled(self) -> list[str]:
         """What the placement adds to the launcher's arguments."""
-        placement, words = self.placement, []
+        placement, words = self.placement, ["--output_dir", str(self.folder)]  # a node's home folder may be another
         if isinstance(self.config, SampleRun):
-            return [] if self.config.shard or placement.serve_nodes == 1 else ["--shard", str(SHARD)]
+            return words if self.config.shard or placement.serve_nodes == 1 else [*words, "--shard", str(SHARD)]
         if placement.serve_nodes:
             words += ["--rollout.servers", ",".join(str(self._endpoints(node)) for node in self._serving())]
             if placement.transport == "shm":
@@ -226,6 +229,7 @@ class PipelineJob:
     def __init__(self, arguments: list[str], default: Path, asked: list[int]):
         self.config = parse(PipelineRun, arguments, default)
         self.command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *arguments, "--launcher", "job"]
+        self.command += ["--output_dir", self.config.output_dir]
         self.asked = asked
 
     def plan(self) -> str:

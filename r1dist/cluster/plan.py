@@ -114,7 +114,7 @@ def training_memory(
         cache = generation(config, min(run.rollout.batch_size, rows), length, width)
         generating = {"cache and gathered weights (generation)": cache + gathered}
     else:
-        tokens = rows * trl_value(run, "max_length")
+        tokens = rows * (trl_value(run, "max_length") or config.max_position_embeddings)
     checkpointed = trl_value(run, "gradient_checkpointing")
     training = {"activations (training)": activations(config, tokens, checkpointed, compute, offload)}
     return parts | training | generating

@@ -6,13 +6,14 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from .rewards import STRICT
+from .values import PathText, Seed
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Source:
     """One place that rows come from, and the names of its columns."""
 
-    path: str
+    path: PathText
     """A hub id, a local folder, a `.jsonl`, `.json` or `.parquet` file, or one of the generated sources: `tiny`
     (problems), `tiny_talk`, `tiny_unsafe` (requests), `tiny_pairs`, `tiny_judged` (for reward models)."""
     subset: str | None = None
@@ -48,7 +49,7 @@ class Source:
     """What the row is about; rewards may look at it."""
     limit: PositiveInt | None = None
     """Take only the first rows. For `tiny`, the number of problems to generate."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of generated rows."""
 
 

@@ -1,10 +1,11 @@
 """A YAML file and a command line become a checked configuration, or an error that names the mend."""
 
+import copy
 import dataclasses
 import difflib
 import functools
 import re
-import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
 from .objective import OBJECTIVES
+from .plain import NULL, Plain, is_text, load, read_as
 from .runs import GRPORun
-from .tree import section_of
+from .tree import alternatives, child, section_of
 from .trl_fields import TRL_CLASS, field_types, validator
+from .trl_limits import OURS_INSTEAD
 from .validate import validate
+from .values import expanded
 
-# TRL's fields that one of ours replaces: set, they would be contradicted or ignored.
-OURS_INSTEAD = {
-    "model_init_kwargs": "`model.dtype` and `model.attn_implementation`",
-    "reward_weights": "`rewards`",
-    "vllm_model_impl": "`rollout.serve.arguments: [--model-impl, transformers]`",
-    "vllm_group_port": "`rollout.transport`, which chooses free ports,",
-    "vllm_structured_outputs_regex": "a reward for the form",
-    "use_transformers_continuous_batching": "`rollout.engine`",
-    "use_transformers_paged": "`rollout.engine`",
-    "generation_kwargs": "`temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`",
-    "cache_implementation": "`rollout.engine`",
-    "ds3_gather_for_generation": "`rollout.engine: vllm`, which gathers in buckets,",
-    "resume_from_checkpoint": "`resume`",
-    "remove_unused_columns": "`data.sources`",
-    "eval_strategy": "launch/evaluate.py",
-    "do_eval": "launch/evaluate.py",
-}
 # TRL's fields for its vLLM -> the `rollout` field that means the same.
 ROLLOUT_INSTEAD = {
     "vllm_server_base_url": "servers",
@@ -52,32 +39,25 @@ RENAMED = {
     "learns_from": "loss: pairwise` or `loss: pointwise",
     "ways": "generators",
 }
-SERVER_MODE = ("vllm_mode", "vllm_server_host", "vllm_server_port")
+SERVER_ADDRESS = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port")
 # What this project sets where the YAML is silent.
 TRL_DEFAULTS = {"logging_steps": 1, "report_to": "none", "save_total_limit": 2}
+TAGS = ("int", "float", "bool", "str", "dict", "list")
 # TRL's own default masks whole sequences, the longer the likelier.
 GRPO_DEFAULTS = {"vllm_importance_sampling_mode": "token_truncate"}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as text and `no` as false; this loader reads them as YAML 1.2 does."""
-
-
-BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def config_path(argv: list[str], default_config: Path | None = None) -> Path | None:
     """The file that `--config` names, else the default."""
-    named = _arguments(argv).get("config")
-    return Path(named) if named is not None else default_config
+    arguments = _arguments(argv)
+    if "config" not in arguments:
+        return default_config
+    if arguments["config"] is None:
+        raise UserError("--config needs a value, the YAML's path.")
+    try:
+        return Path(expanded(arguments["config"]))
+    except ValueError as error:
+        raise UserError(f"--config: {error}; got {arguments['config']!r}.") from error
 
 
 def parse(run_class: type, argv: list[str], default_config: Path | None = None, processes: int | None = None) -> Any:
@@ -93,30 +73,30 @@ def parse(run_class: type, argv: list[str], default_config: Path | None = None, 
     tree = _read(path) if path is not None else {}
     for key, text in _arguments(argv).items():
         if key != "config":
-            _set(tree, key, text if _is_text(run_class, key) and text != "null" else _value(f"--{key}", text))
+            _set(tree, key, _value(key, text, functools.reduce(child, key.split("."), run_class)))
     return build(run_class, tree, str(path) if path else "the command line", processes)
 
 
 def build(run_class: type, tree: dict, where: str, processes: int | None = None) -> Any:
     """Build `run_class` from `tree`; `where` is named in errors. TRL's fields are moved into `trl`."""
-    tree = dict(tree)
+    tree = read_as(run_class, tree)
     for old, new in RENAMED.items():
         section, _, name = old.rpartition(".")
-        if name in (tree.get(section, {}) if section else tree):
+        if name in (_section_in(tree, section, where) if section else tree):
             raise UserError(f"{where}: `{old}` is now `{new}`.")
     if run_class.__name__ in TRL_CLASS:
         trl_class = TRL_CLASS[run_class.__name__]
         known = field_types(trl_class)
         ours = {f.name for f in dataclasses.fields(run_class)} - {"trl"}
         trl = {key: tree.pop(key) for key in list(tree) if key in known and key not in ours}
-        if run_class is GRPORun:
-            _translate_vllm(trl, tree, where)
         for key in trl:
             if key in OURS_INSTEAD:
                 raise UserError(f"{where}: `{key}` is not set here; use {OURS_INSTEAD[key]} instead.")
         _reject_unknown(tree, ours, known, where)
         trl = _typed(functools.partial(_trl_values, trl_class), trl, where, run_class)
-        if "output_dir" not in trl:
+        if run_class is GRPORun:
+            _translate_vllm(trl, tree, where)
+        if trl.get("output_dir") is None:
             raise UserError(f"{where}: `output_dir` is missing; name the folder that this run writes to.")
         tree["trl"] = {**TRL_DEFAULTS, **trl}
     run = _typed(TypeAdapter(run_class).validate_python, tree, where, run_class)
@@ -148,66 +128,86 @@ def split_arguments(run_class: type, argv: list[str]) -> tuple[list[str], list[s
 def _translate_vllm(trl: dict, tree: dict, where: str) -> None:
     """Move what TRL's users say about vLLM from `trl` into the section `rollout` of `tree`, in place.
 
-    Raises `UserError` where `rollout` itself says it, too.
+    Raises `UserError` where `rollout` itself says it, too, and for a server that would not be asked.
     """
-    given = {key: trl.pop(key) for key in list(trl) if key in (*ROLLOUT_INSTEAD, *SERVER_MODE, "use_vllm")}
+    moved = (*ROLLOUT_INSTEAD, *SERVER_ADDRESS, "vllm_mode", "use_vllm")
+    given = {key: trl.pop(key) for key in list(trl) if key in moved}
     meant = {ROLLOUT_INSTEAD[key]: (key, value) for key, value in given.items() if key in ROLLOUT_INSTEAD}
     if "use_vllm" in given:
         meant["engine"] = ("use_vllm", "vllm" if given["use_vllm"] else "transformers")
-    if given.get("vllm_mode") == "server" and "servers" not in meant:
+    addresses = [key for key in SERVER_ADDRESS if given.get(key) is not None]
+    if addresses and given.get("vllm_mode") == "colocate":
+        raise UserError(
+            f"{where}: `vllm_mode: colocate` asks no server, and `{addresses[0]}` names one; keep one of them."
+        )
+    named_by = addresses[0] if addresses else "vllm_mode" if given.get("vllm_mode") == "server" else None
+    if named_by is not None:
+        if not given.get("use_vllm", _section_in(tree, "rollout", where).get("engine") == "vllm"):
+            raise UserError(f"{where}: `{named_by}` is about a server, which is only asked with `use_vllm: true`.")
         host = given.get("vllm_server_host", "127.0.0.1")
-        meant["servers"] = ("vllm_mode", f"http://{host}:{given.get('vllm_server_port', 8000)}")
+        meant.setdefault("servers", (named_by, f"http://{host}:{given.get('vllm_server_port', 8000)}"))
+        if "vllm_server_base_url" in addresses and len(addresses) > 1:
+            raise UserError(f"{where}: `{addresses[0]}` and `{addresses[1]}` both name the server; keep one of them.")
     for path, (key, value) in meant.items():
-        section = tree["rollout"] = dict(tree.get("rollout", {}))
+        section = tree["rollout"] = dict(_section_in(tree, "rollout", where))
         *outer, name = path.split(".")
         for part in outer:
-            section[part] = dict(section.get(part, {}))
+            section[part] = dict(_section_in(section, part, where))
             section = section[part]
         if name in section:
             raise UserError(f"{where}: `{key}` and `rollout.{path}` say the same thing; keep the latter.")
         section[name] = value
 
 
-def _arguments(argv: list[str]) -> dict[str, str]:
-    arguments, position = {}, 0
+def _section_in(tree: dict, name: str, where: str) -> dict:
+    section = tree.get(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"{where}: `{name}` is a section; it must hold `field: value` lines, not {section!r}.")
+    return section
+
+
+def _arguments(argv: list[str]) -> dict[str, str | None]:
+    """Key -> text, None for a key without (`--bf16`)."""
+    arguments: dict[str, str | None] = {}
+    position = 0
     while position < len(argv):
         word = argv[position]
         if not word.startswith("--"):
             raise UserError(f"`{word}` is not understood; arguments are `--field value` or `--field=value`.")
         key, equals, text = word[2:].partition("=")
         position += 1
-        if not equals:
-            bare = position >= len(argv) or argv[position].startswith("--")
-            text = "true" if bare else argv[position]
-            position += 0 if bare else 1
-        arguments[key] = text
+        bare = not equals and (position >= len(argv) or argv[position].startswith("--"))
+        if not equals and not bare:
+            text = argv[position]
+            position += 1
+        arguments[key] = None if bare else text
     return arguments
 
 
-def _value(where: str, text: str) -> Any:
+def _value(key: str, text: str | None, hint: Any) -> Any:
+    """What the words `--key text` give a field of the type `hint`."""
+    if text is None:
+        if bool not in alternatives(hint) and hint is not Any:
+            raise UserError(f"--{key} needs a value; `--{key}` alone is for fields that are true or false.")
+        return True
+    if is_text(hint) and text != "null":  # a colon or a bracket is nothing special there
+        return text
     try:
-        return yaml.load(text, _Loader)
+        return load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: `{text}` is not a value ({error.__class__.__name__}).") from error
-
-
-def _is_text(run_class: type, key: str) -> bool:
-    """Whether `key` names a field of ours that holds text, in which a colon or a number is nothing special."""
-    *location, name = key.split(".")
-    section = _section(run_class, [part for part in location if not part.isdigit()])
-    hint = typing.get_type_hints(section).get(name) if section else None
-    return hint is str or hint == str | None
+        raise UserError(f"--{key}: `{text}` is not a value ({error.__class__.__name__}).") from error
 
 
 def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"--config: there is no file {path}.")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold `field: value` lines, not a {type(tree).__name__}.")
+        what = "nothing" if not tree else "a list" if isinstance(tree, list) else "a text"
+        raise UserError(f"{path} must hold `field: value` lines, not {what}.")
     return tree
 
 
@@ -221,8 +221,9 @@ def _set(tree: dict, key: str, value: Any) -> None:
         if following is None:
             node[index] = value
         else:
-            if isinstance(node, dict):
-                node.setdefault(index, {})
+            inner = node.get(index) if isinstance(node, dict) else node[index]
+            # A copy: what YAML's anchors share is to be changed in one place.
+            node[index] = {} if inner is None or (isinstance(inner, Plain) and inner in NULL) else copy.copy(inner)
             node = node[index]
             if not isinstance(node, dict | list):
                 raise UserError(f"--{key}: `{part}` holds a value, not a section.")
@@ -238,34 +239,27 @@ def _reject_unknown(tree: dict, ours: set[str], trl: dict, where: str) -> None:
             raise UserError(_unknown(where, str(key), ours | trl.keys()))
 
 
-def _unknown(where: str, key: str, known: typing.Iterable[str]) -> str:
+def _unknown(where: str, key: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=1, cutoff=0.5)
     mend = f"; did you mean `{nearest[0]}`?" if nearest else "."
     return f"{where}: `{key}` is not a field{mend}"
 
 
-def _typed(check: typing.Callable[[dict], Any], tree: dict, where: str, run_class: type) -> Any:
+def _typed(check: Callable[[dict], Any], tree: dict, where: str, run_class: type) -> Any:
     try:
         return check(tree)
     except ValidationError as error:
         first = error.errors()[0]
         # Tags of a union ("float", "function-after[...]") are no part of the field's name.
-        location = [part for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-        key = ".".join(map(str, location))
+        location = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+        location = [part for part in location if part not in TAGS]
+        key = ".".join(location)
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            section = _section(run_class, location[:-1])
+            section = section_of(functools.reduce(child, location[:-1], run_class))
             known = [f.name for f in dataclasses.fields(section)] if section else []
             raise UserError(_unknown(where, key, known)) from error
         if first["type"] in ("missing", "missing_argument"):
             raise UserError(f"{where}: `{key}` is missing.") from error
-        got = first["input"]
-        raise UserError(f"{where}: `{key}`: {first['msg']}; got {got!r} ({type(got).__name__}).") from error
-
-
-def _section(run_class: type, location: list) -> type | None:
-    """The dataclass that holds the field at `location`, a path of names and list positions."""
-    current: type | None = run_class
-    for part in location:
-        if isinstance(part, str) and current is not None:
-            current = section_of(typing.get_type_hints(current).get(part))
-    return current
+        got, what = first["input"], first["msg"].removeprefix("Value error, ")
+        shown = "nothing (null)" if got is None else f"{got!r} ({type(got).__name__})"
+        raise UserError(f"{where}: `{key}`: {what}; got {shown}.") from error

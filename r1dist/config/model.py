@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from .rewards import STRICT
+from .values import PathText
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -26,9 +27,9 @@ class Lora:
 class Model:
     """Which weights to start from."""
 
-    path: str
+    path: PathText
     """A hub id, a local folder, or one of the embedded base models, `tiny` and `tiny-small`."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Where the tokenizer is. Unset: with the weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype of the weights held by the trainer. Mixed precision is `bf16`, TRL's field."""

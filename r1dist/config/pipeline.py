@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from .rewards import STRICT
+from .values import Expanded, PathText, Seed
 
 
 def _split(names: Any) -> Any:
@@ -20,17 +21,17 @@ class Stage:
     """The stage's name, and its folder's."""
     kind: Literal["base", "grpo", "sft", "reward_model", "sample"]
     """`base` only names a model; the others are run by the launcher of that name."""
-    config: str | None = None
+    config: PathText | None = None
     """The stage's YAML, in the folder of the pipeline's."""
     inputs: dict[str, str] = Field(default_factory=dict)
     """A field of that YAML -> the stage whose model or dataset goes there."""
-    model: str | None = None
+    model: PathText | None = None
     """The model of a `base` stage."""
-    evaluate: str | None = None
+    evaluate: PathText | None = None
     """Another YAML for this stage's evaluation than the pipeline's."""
     evaluate_inputs: dict[str, str] = Field(default_factory=dict)
     """A field of the evaluation's YAML -> the stage whose model goes there."""
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    sbatch: dict[str, Expanded] = Field(default_factory=dict)
     """Options of `sbatch` for this stage's job, added to the pipeline's."""
 
 
@@ -59,15 +60,15 @@ class Goal:
 class PipelineRun:
     """`launch/pipeline.py`: a graph of stages, each model evaluated. What is done already is not done again."""
 
-    output_dir: str
+    output_dir: PathText
     stages: list[Stage] = Field(min_length=1)
-    evaluate: str
+    evaluate: PathText
     """The YAML for `launch/evaluate.py`, run after each stage that leaves a model."""
-    accelerate: str | None = None
+    accelerate: PathText | None = None
     """The Accelerate configuration that the training stages are launched with; `launcher: job` chooses its own."""
     goals: list[Goal] = Field(default_factory=list)
     """What the stages are measured against, in the terminal, `summary.json` and the page."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every stage that trains or samples."""
     engine: Literal["transformers", "vllm"] | None = None
     """Who generates in the RL and sampling stages, whatever their YAMLs say."""
@@ -76,7 +77,7 @@ class PipelineRun:
     the nodes and GPUs that are there."""
     slurm: Literal["job", "chain"] | None = None
     """Submit to SLURM instead: all of it as one job, or a job for each stage, one after another."""
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    sbatch: dict[str, Expanded] = Field(default_factory=dict)
     """Options of `sbatch` by their long names (`nodes: 2`). What `SBATCH_*` variables say goes for them, too."""
     only: Annotated[list[str] | None, BeforeValidator(_split)] = None
     """Run these stages alone (`--only a,b`); what they need must be there."""

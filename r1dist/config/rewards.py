@@ -8,9 +8,10 @@ from pydantic.dataclasses import dataclass
 from ..errors import UserError
 from .languages import SCRIPT
 from .resumable import MayChange
+from .values import PathText
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-"""Of all sections: unknown fields are refused."""
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+"""Of all sections: unknown fields are refused, and numbers that are not finite."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -25,7 +26,7 @@ class Reward:
     """Optimizer steps before which it is left out."""
     target: Literal["prompt", *SCRIPT] | None = None  # type: ignore[valid-type]
     """`language`: the language that is asked for. `prompt`, the default: that of the row's problem."""
-    model: str | None = None
+    model: PathText | None = None
     """`helpfulness`, `safety`: the folder of the reward model (launch/reward_model.py)."""
     max_tokens: PositiveInt | None = None
     """`cosine`: tokens at which length has its full effect. `overlong`: tokens that are too many."""

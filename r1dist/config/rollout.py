@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from .resumable import MayChange
 from .rewards import STRICT
+from .values import Expanded, PathText, PathTexts
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -41,7 +42,7 @@ class Serve:
     """Seconds that a server may take to come up."""
     hang_timeout: MayChange[float] = Field(default=60, gt=0)
     """Seconds without an answer after which a server is killed and started again."""
-    arguments: MayChange[list[str]] = Field(default_factory=list)
+    arguments: MayChange[list[Expanded]] = Field(default_factory=list)
     """Further arguments of vLLM's command line."""
 
 
@@ -53,17 +54,17 @@ class Rollout:
     """`transformers`: in the training process, bit-reproducible. `vllm`: by vLLM servers."""
     batch_size: MayChange[PositiveInt] = 128
     """Sequences that the in-process engine decodes at once, on each rank."""
-    servers: MayChange[str] = "managed"
+    servers: MayChange[PathTexts] = "managed"
     """`managed`: the run starts servers, as `serve` says, and they end with it. Otherwise launch/serve.py's
     endpoints files, or URLs, with commas between them."""
     serve: Serve = Field(default_factory=Serve)
     """The managed servers."""
-    token_file: MayChange[str | None] = None
+    token_file: MayChange[PathText | None] = None
     """File with the token (or vLLM's API key) of servers that are given by URL."""
     transport: MayChange[Literal["auto", "shm", "ipc", "nccl"]] = "auto"
     """How weights reach the servers. `shm`: by files. `ipc`: within one GPU. `nccl`: from GPU to GPU. `auto`: by the
     devices for managed servers, by the endpoints file for others."""
-    weights_folder: MayChange[str] = "/dev/shm"
+    weights_folder: MayChange[PathText] = "/dev/shm"
     """Where `shm` writes them. For servers on other machines, a folder that all share."""
     max_concurrent_requests: MayChange[PositiveInt] = 512
     """Samples that each rank asks of one server at a time."""

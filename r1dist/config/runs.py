@@ -13,6 +13,7 @@ from .rewards import STRICT, Reward, Verify
 from .rollout import Rollout, Serve
 from .sampling import Sampling
 from .train import PlacementConfig, Train, TrainRL
+from .values import PathText, Seed
 
 
 def _weighted(value: Any) -> Any:
@@ -77,9 +78,9 @@ class Requests:
     """Regular expression that matches a reply that declines."""
     max_tokens: PositiveInt = 512
     """Tokens after which a reply is cut off."""
-    helpfulness: str | None = None
+    helpfulness: PathText | None = None
     """Folder of the helpfulness model, for its mean score of replies to requests that should be answered."""
-    safety: str | None = None
+    safety: PathText | None = None
     """Folder of the safety model, for its mean score of all responses."""
 
 
@@ -97,9 +98,9 @@ class EvaluateRun:
     batch_size: PositiveInt = 256
     """Sequences decoded at once."""
     verify: Verify = Field(default_factory=Verify)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sampled completions."""
-    output: str | None = None
+    output: PathText | None = None
     """Write the result to this JSON file, too."""
     dry_run: bool = False
     """Print the resolved configuration and the memory it needs, and stop."""
@@ -122,7 +123,7 @@ class ChatRun:
     """Nucleus of the sampled tokens."""
     max_tokens: PositiveInt | None = None
     """Tokens after which a reply is cut off. Unset: what the model's context leaves."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the replies. Unset: other replies each time."""
 
 
@@ -131,9 +132,9 @@ class ServeRun(Serve):
     """`launch/serve.py`: vLLM servers for others to use. `Serve`'s fields are its own."""
 
     model: Model
-    endpoints: str
+    endpoints: PathText
     """The file to write: addresses, token and state of the servers. Only its owner can read it."""
-    token_file: str | None = None
+    token_file: PathText | None = None
     """File with the token that the servers ask for. Unset: one is made."""
     transport: Literal["auto", "shm", "ipc", "nccl"] = "auto"
     """How they will be given weights. `auto`: `nccl` with a GPU, `shm` without."""

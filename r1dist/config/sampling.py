@@ -9,6 +9,7 @@ from .model import Model
 from .resumable import MayChange
 from .rewards import STRICT, Verify
 from .rollout import Rollout
+from .values import PathText, Seed
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -17,8 +18,8 @@ class Sampling:
 
     samples: PositiveInt = 4
     """Completions for each problem, besides the greedy one."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the sampled completions; the greedy one has none."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Temperature of the sampled completions; the greedy one has none. 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus of the sampled completions."""
     max_tokens: PositiveInt = 512
@@ -29,7 +30,7 @@ class Sampling:
 class Prompting:
     """How a model is asked for samples, beyond the template."""
 
-    examples: str | None = None
+    examples: PathText | None = None
     """A `.jsonl` file with `problem` and `completion`, shown as earlier turns (few-shot prompting)."""
     shots: PositiveInt = 2
     """How many of the examples."""
@@ -98,7 +99,7 @@ class Generator:
 class SampleRun:
     """`launch/sample.py`: samples drawn, verified, filtered, and written as a dataset."""
 
-    output_dir: MayChange[str]
+    output_dir: MayChange[PathText]
     generators: list[Generator] = Field(min_length=1)
     """Where samples come from."""
     filters: MayChange[Filters] = Field(default_factory=Filters)
@@ -109,7 +110,7 @@ class SampleRun:
     """Further rows that are taken as they are (the report's non-reasoning data)."""
     rollout: Rollout = Field(default_factory=Rollout)
     verify: Verify = Field(default_factory=Verify)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples."""
     shard: PositiveInt | None = None
     """Prompts that one process claims at a time. Set, any number of processes, on machines that share the folder, may

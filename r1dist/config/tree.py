@@ -1,6 +1,7 @@
 """A configuration as one level of dotted names, and what is not the same in two of them."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 from .resumable import MAY_CHANGE
 from .trl_fields import MAY_CHANGE as TRL_MAY_CHANGE
+from .trl_fields import TRL_CLASS, validated_types
 
 
 def flat(tree: dict | list) -> dict[str, Any]:
@@ -27,13 +29,46 @@ def changed_on_resume(run_class: type, before: dict, now: dict) -> dict[str, tup
     return {name: (old.get(name), new.get(name)) for name in names}
 
 
+def alternatives(hint: Any) -> Iterator[Any]:
+    """The types that a type hint allows, without annotations: those of a union, or the one itself."""
+    if typing.get_origin(hint) is typing.Annotated:
+        yield from alternatives(typing.get_args(hint)[0])
+    elif typing.get_origin(hint) in (types.UnionType, typing.Union):
+        for member in typing.get_args(hint):
+            yield from alternatives(member)
+    else:
+        yield hint
+
+
 def section_of(hint: Any) -> type | None:
     """The dataclass in a type hint: itself, or that of its list or of its optional value."""
-    if typing.get_origin(hint) is typing.Annotated:
-        hint = typing.get_args(hint)[0]
-    if typing.get_origin(hint) in (list, types.UnionType):
-        hint = next((a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)), None)
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+    for kind in alternatives(hint):
+        if typing.get_origin(kind) is list:
+            kind = section_of(typing.get_args(kind)[0])
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return kind
+    return None
+
+
+def child(hint: Any, key: str) -> Any:
+    """The type hint of the entry `key` of a section, dictionary or list; `Any` where none says."""
+    for kind in alternatives(hint):
+        arguments = typing.get_args(kind)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            fields = hints_of(kind)
+            return fields.get(key, fields.get(f"{key}_", Any))  # `from`, a keyword, is `from_`
+        if typing.get_origin(kind) is dict and arguments:
+            return arguments[1]
+        if typing.get_origin(kind) in (list, tuple):
+            return arguments[0]
+    return Any
+
+
+@functools.cache
+def hints_of(section: type) -> dict[str, Any]:
+    """Field name -> type hint, of all fields: a training run's include TRL's."""
+    trl = validated_types(TRL_CLASS[section.__name__]) if section.__name__ in TRL_CLASS else {}
+    return {**trl, **typing.get_type_hints(section, include_extras=True)}
 
 
 def may_change(run_class: type, name: str) -> bool:

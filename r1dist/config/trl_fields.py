@@ -8,9 +8,11 @@ import ast
 import functools
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, create_model
+
+from .trl_limits import narrowed
 
 # Class -> (package, file inside it, base class). A contract test compares the result with the real dataclasses.
 SOURCES = {
@@ -45,6 +47,14 @@ MAY_CHANGE = frozenset(
     )
 )
 """TRL's fields that a run may be resumed with other values of. Those of the batch may if its rows stay the same."""
+# The enumerations of transformers that its fields are annotated with -> the file that holds them.
+ENUMERATIONS = {
+    "SchedulerType": "trainer_utils.py",
+    "IntervalStrategy": "trainer_utils.py",
+    "SaveStrategy": "trainer_utils.py",
+    "HubStrategy": "trainer_utils.py",
+    "OptimizerNames": "training_args.py",
+}
 PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "Any": Any}
 
 
@@ -55,25 +65,54 @@ def field_types(class_name: str) -> dict[str, tuple[Any, Any]]:
     A type that is not built of plain ones is `Any`; a default that is not a literal is `...` (unknown).
     """
     package, file, base = SOURCES[class_name]
-    folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
-    tree = ast.parse((folder / file).read_text())
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name).body
     fields = dict(field_types(base)) if base else {}
-    for node in body:
+    for node in _class_body(package, file, class_name):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            fields[node.target.id] = (_plain_type(node.annotation), _default(node.value))
+            kind = _choices(node.value) or _plain_type(node.annotation)
+            fields[node.target.id] = (kind, _default(node.value))
     return fields
 
 
 @functools.cache
+def validated_types(class_name: str) -> dict[str, Any]:
+    """Field name -> the type that it is checked with: `field_types`, within the limits of `trl_limits`."""
+    return {name: narrowed(name, annotation) for name, (annotation, _) in field_types(class_name).items()}
+
+
+@functools.cache
 def validator(class_name: str):
-    """A pydantic model that takes any subset of the class's fields and checks their types."""
-    optional: dict[str, Any] = {name: (annotation, None) for name, (annotation, _) in field_types(class_name).items()}
-    return create_model(class_name, __config__=ConfigDict(extra="forbid", protected_namespaces=()), **optional)
+    """A pydantic model that takes any subset of the class's fields and checks their types and limits."""
+    optional: dict[str, Any] = {name: (annotation, None) for name, annotation in validated_types(class_name).items()}
+    config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    return create_model(class_name, __config__=config, **optional)
+
+
+@functools.cache
+def _module(package: str, file: str) -> ast.Module:
+    folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    return ast.parse((folder / file).read_text())
+
+
+def _class_body(package: str, file: str, name: str) -> list[ast.stmt]:
+    return next(n for n in _module(package, file).body if isinstance(n, ast.ClassDef) and n.name == name).body
+
+
+def _choices(value: ast.expr | None) -> Any:
+    """The choices that the field's metadata name in full, as a `Literal`, else None."""
+    keywords = value.keywords if isinstance(value, ast.Call) else []
+    metadata = next((k.value for k in keywords if k.arg == "metadata" and isinstance(k.value, ast.Dict)), None)
+    for key, choices in zip(metadata.keys, metadata.values, strict=True) if metadata is not None else ():
+        if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(choices, ast.List):
+            named: Any = Literal[tuple(ast.literal_eval(choices))]
+            return named | None if _default(value) is None else named
+    return None
 
 
 def _plain_type(annotation: ast.expr) -> Any:
     names = {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
+    for name in names & ENUMERATIONS.keys():
+        members = [n.value for n in _class_body("transformers", ENUMERATIONS[name], name) if isinstance(n, ast.Assign)]
+        return Literal[tuple(ast.literal_eval(member) for member in members)]
     if not names <= PLAIN_TYPES.keys() or any(isinstance(n, ast.Attribute) for n in ast.walk(annotation)):
         return Any
     return eval(ast.unparse(annotation), {"__builtins__": {}}, PLAIN_TYPES)

@@ -5,18 +5,10 @@ from typing import Any
 from ..errors import UserError
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
-from .runs import GRPORun
+from .runs import GRPORun, SFTRun, TrainingRun
 from .sampling import SampleRun
 from .trl_fields import micro_steps_per_generation, trl_value
-
-# Fields of TRL's loss that ours does not have -> the value that switches them off.
-NOT_IMPLEMENTED = {
-    "entropy_coef": 0.0,
-    "use_adaptive_entropy": False,
-    "top_entropy_quantile": 1.0,
-    "off_policy_mask_threshold": None,
-    "use_liger_kernel": False,
-}
+from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
 
 
 def validate(run: Any, where: str, processes: int | None = None) -> None:
@@ -29,9 +21,15 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     """
     if isinstance(run, SampleRun):
         _check_generators(run)
+        _check_servers(run, where)
+    if isinstance(run, TrainingRun):
+        _check_supported(run, where)
+    if isinstance(run, SFTRun):
+        _check_packing(run, where)
     if not isinstance(run, GRPORun):
         return
     check_rewards(run.rewards)
+    _check_servers(run, where)
     _check_objective(run, where)
     _check_staleness(run, where)
     _check_pass_rate(run, where)
@@ -48,6 +46,39 @@ def _check_generators(run: SampleRun) -> None:
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
 
 
+def _check_supported(run: TrainingRun, where: str) -> None:
+    """Fields of TRL's that would break checkpoints, or that our trainers do without."""
+    table = UNSUPPORTED | (UNSUPPORTED_IN_GRPO if isinstance(run, GRPORun) else {})
+    for name, (allowed, why) in table.items():
+        if name in run.trl and run.trl[name] not in allowed:
+            raise UserError(f"{where}: `{name}` is not supported: it {why}. Leave it out.")
+    if run.resume and run.trl.get("save_only_model"):
+        raise UserError(
+            f"{where}: `save_only_model` leaves checkpoints without the optimizer, which `resume` needs; leave one of "
+            "them out."
+        )
+
+
+def _check_packing(run: SFTRun, where: str) -> None:
+    packing, longest = run.trl.get("packing", True), trl_value(run, "max_length")
+    if packing and longest is None:
+        raise UserError(
+            f"{where}: `max_length` is the length of the blocks of `packing`; set it, or `packing: false`."
+        )
+    if trl_value(run, "padding_free") and not packing and longest is not None:
+        raise UserError(
+            f"{where}: `padding_free` without `packing` needs `max_length: null`; leave it out, or set that."
+        )
+
+
+def _check_servers(run: GRPORun | SampleRun, where: str) -> None:
+    if run.rollout.engine != "vllm" and run.rollout.servers != "managed":
+        raise UserError(
+            f"{where}: `rollout.servers` names {run.rollout.servers}, but with `rollout.engine: transformers` no "
+            "server is asked.\nSet `rollout.engine: vllm`, or leave `rollout.servers` out."
+        )
+
+
 def _check_objective(run: GRPORun, where: str) -> None:
     loss_type = trl_value(run, "loss_type")
     if loss_type not in LOSS_TYPES:
@@ -55,9 +86,6 @@ def _check_objective(run: GRPORun, where: str) -> None:
             f"{where}: `loss_type` {loss_type} is not supported; there are {', '.join(LOSS_TYPES)}.\n"
             "GSPO is `loss_type: grpo` with `importance_sampling_level: sequence`."
         )
-    for name, off in NOT_IMPLEMENTED.items():
-        if trl_value(run, name) != off:
-            raise UserError(f"{where}: `{name}` is not supported; leave it out.")
     if trl_value(run, "sync_ref_model"):
         if trl_value(run, "beta") == 0:
             raise UserError(f"{where}: `sync_ref_model` resets the reference model, which `beta: 0` does without.")
@@ -98,16 +126,26 @@ def _check_pass_rate(run: GRPORun, where: str) -> None:
 
 
 def _check_generation(run: GRPORun, where: str, processes: int | None) -> None:
-    """An optimizer step takes whole generations, or a whole share of one."""
+    """A generation is whole micro-steps, and an optimizer step takes whole generations, or a whole share of one."""
+    given = trl_value(run, "generation_batch_size")
+    if given is not None and trl_value(run, "steps_per_generation") is not None:
+        raise UserError(f"{where}: `generation_batch_size` and `steps_per_generation` say the same thing; keep one.")
+    if given is not None and processes is not None:
+        rows = trl_value(run, "per_device_train_batch_size") * processes
+        if given % rows:
+            raise UserError(
+                f"{where}: `generation_batch_size` {given} is no multiple of the {rows} rollouts of a micro-step "
+                f"(`per_device_train_batch_size` {rows // processes} x {processes} processes).\n"
+                f"It may be {' or '.join(str(n) for n in (given - given % rows, given - given % rows + rows) if n)}."
+            )
     steps = micro_steps_per_generation(run, processes)
-    if not steps:  # not known yet, or a `generation_batch_size` below one micro-step's, which TRL refuses
+    if steps is None:  # not known yet
         return
     accumulation = trl_value(run, "gradient_accumulation_steps")
     iterations = trl_value(run, "num_iterations")
     if steps % accumulation and accumulation % steps:
         fitting = [n for n in range(1, steps + accumulation) if n % accumulation == 0 or accumulation % n == 0]
         below, above = max(n for n in fitting if n < steps), min(n for n in fitting if n > steps)
-        given = trl_value(run, "generation_batch_size")
         source = "" if given is None else f" (`generation_batch_size` {given})"
         raise UserError(
             f"{where}: `steps_per_generation` {steps}{source} and `gradient_accumulation_steps` {accumulation}: one "

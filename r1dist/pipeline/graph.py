@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import yaml
+
 from ..config import EvaluateRun, GRPORun, RewardModelRun, SampleRun, SFTRun
 from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
@@ -75,6 +77,7 @@ class Graph:
         self.folder = Path(run.output_dir)
         self.stages = {stage.name: stage for stage in run.stages}
         self._check()
+        self.processes = None if run.launcher == "job" else _processes(Path(run.accelerate or ""))
         self.steps = self._ordered([step for stage in run.stages for step in self._steps(stage)])
 
     def output(self, name: str) -> Path | str:
@@ -169,16 +172,20 @@ class Graph:
         arguments += ["--output_dir", str(self.folder / stage.name), "--seed", str(self.run.seed)]
         if kind.rolls_out and self.run.engine is not None:
             arguments += ["--rollout.engine", self.run.engine]
+            if self.run.engine == "transformers":
+                arguments += ["--rollout.servers", "managed"]  # the YAML's would not be asked, which is refused
         by_job = self.run.launcher == "job"
         launcher = ["-m", "accelerate.commands.launch", "--config_file", self.run.accelerate] if kind.trains else []
         words = [str(self.launch / "job.py"), stage.kind] if by_job else [*launcher, str(self.launch / kind.script)]
+        # Cut off, a stage that trains is resumed; what cannot be is refused now.
+        asked = [*arguments, "--resume", "auto"] if kind.trains else arguments
         return Step(
             name=stage.name,
             stage=stage,
             uses=tuple(stage.inputs.values()),
             needs=self._trained(stage.inputs.values()),
             command=[sys.executable, *words, *arguments],
-            config=as_tree(parse(kind.run_class, arguments)),
+            config=as_tree(parse(kind.run_class, asked, processes=self.processes)),
             output=Path(self.output(stage.name)),
             folder=self.folder / stage.name,
             trains=kind.trains,
@@ -202,6 +209,14 @@ class Graph:
             folder=None,
             trains=False,
         )
+
+
+def _processes(accelerate: Path) -> int:
+    """The training processes that an Accelerate configuration starts."""
+    if not accelerate.is_file():
+        raise UserError(f"accelerate: there is no file {accelerate}.")
+    config = yaml.safe_load(accelerate.read_text(encoding="utf-8"))
+    return 1 if config.get("distributed_type", "NO") == "NO" else config["num_processes"]
 
 
 def _closure(start: str, following: dict[str, set[str]]) -> set[str]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import GRPORun, Lora, RewardModelRun, SFTRun
 from ..config.loader import as_tree
@@ -17,6 +18,8 @@ from ..config.trl_fields import micro_steps_per_generation, trl_value
 from ..errors import RunStopped, UserError
 from ..files import ENDED, RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from .resume import check_same, newest_checkpoint
+
+NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that cannot be looked at without it
 
 
 def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -49,11 +52,37 @@ def lora_config(lora: Lora | None) -> Any:
 
 
 def trl_arguments(config_class: type, **values: Any) -> Any:
-    """Build TRL's configuration; what it refuses, it refuses as a `UserError` before anything is written."""
+    """Build TRL's configuration; what it refuses, it refuses as a `UserError` before anything is written.
+
+    So is an optimizer, a schedule or a report that transformers would only miss once the model is loaded.
+    """
     try:
-        return config_class(**values)
+        arguments = config_class(**values)
     except ValueError as error:
         raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+    for field, build in {"report_to": _reports, "optim": _optimizer, "lr_scheduler_kwargs": _schedule}.items():
+        try:
+            build(arguments)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise UserError(f"`{field}`: {' '.join(str(error).split())}") from error
+    return arguments
+
+
+def _reports(arguments: TrainingArguments) -> None:
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        callback()
+
+
+def _optimizer(arguments: TrainingArguments) -> None:
+    if not arguments.optim.startswith(NEED_THE_MODEL):
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+
+
+def _schedule(arguments: TrainingArguments) -> None:
+    steps = 1000
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    warmup = arguments.get_warmup_steps(steps)
+    get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, arguments.lr_scheduler_kwargs)
 
 
 @contextmanager

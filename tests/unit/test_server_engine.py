@@ -64,6 +64,17 @@ def test_rollouts_carry_their_version_and_every_sample_its_seed(engine_of, serve
     assert engine.metrics() == {"rollout/servers": 2.0, "rollout/logp_diff": 0.0}
 
 
+def test_several_greedy_samples_are_asked_for_once(engine_of, servers):
+    engine = engine_of(servers)
+    engine.sync_weights(0)
+    rollouts = generate(engine, asked(prompts=3), Sampling(max_tokens=8, temperature=0))
+    assert [r.request for r in rollouts] == asked(prompts=3)
+    # vLLM: "n must be 1 when using greedy sampling".
+    assert (
+        len(servers[0].seeds + servers[1].seeds) == servers[0].asked["completions"] + servers[1].asked["completions"]
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "kind"),
     [

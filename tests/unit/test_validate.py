@@ -31,6 +31,7 @@ from r1dist.errors import UserError
             {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2},
             "`num_iterations` 2 trains on each generation several times",
         ),
+        ({"generation_batch_size": 64, "steps_per_generation": 2}, "say the same thing; keep one."),
         ({"sync_ref_model": True, "beta": 0}, "`sync_ref_model` resets the reference model, which `beta: 0`"),
         ({"sync_ref_model": True, "model": {"path": "tiny", "lora": {}}}, "with adapters the reference is the base"),
     ],
@@ -58,6 +59,15 @@ def test_generation_batch_size_that_splits_steps_is_refused_like_steps_per_gener
         build(GRPORun, {**small_grpo, **batch}, "run.yaml", processes)
     build(GRPORun, {**small_grpo, **batch}, "run.yaml")
     build(GRPORun, {**small_grpo, **batch, "generation_batch_size": 64 * processes}, "run.yaml", processes)
+
+
+@pytest.mark.parametrize(("rollouts", "mend"), [(40, "32 or 64"), (16, "32"), (33, "32 or 64")])
+def test_generation_batch_size_is_whole_micro_steps(small_grpo, rollouts, mend):
+    with pytest.raises(
+        UserError, match=f"`generation_batch_size` {rollouts} is no multiple of the 32 rollouts"
+    ) as error:
+        build(GRPORun, {**small_grpo, "generation_batch_size": rollouts}, "run.yaml", processes=1)
+    assert str(error.value).endswith(f"It may be {mend}.")
 
 
 def fields_of(section: type, prefix: str = "") -> typing.Iterator[str]:

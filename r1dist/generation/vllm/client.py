@@ -49,10 +49,11 @@ class Client:
     async def complete(
         self, prompt_ids: list[int], n: int, seed: int, sampling: Sampling, stop_ids: list[int], timeout: float
     ) -> list[Completion]:
-        """`n` completions of one prompt. vLLM draws completion i with `seed + i`."""
+        """`n` completions of one prompt. vLLM draws completion i with `seed + i`, and refuses several greedy ones."""
+        drawn = n if sampling.temperature else 1
         body = {
             "prompt": prompt_ids,
-            "n": n,
+            "n": drawn,
             "seed": seed,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -66,9 +67,10 @@ class Client:
         }
         answer = await self.call("POST", "/v1/completions", body, timeout=timeout)
         choices = _field(answer, "choices", list)
-        if sorted(choice["index"] for choice in choices if _is_choice(choice)) != list(range(n)):
-            raise ServerError("choices", f"asked for {n} completions, got {len(choices)}")
-        return [_completion(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        if sorted(choice["index"] for choice in choices if _is_choice(choice)) != list(range(drawn)):
+            raise ServerError("choices", f"asked for {drawn} completions, got {len(choices)}")
+        completions = [_completion(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        return completions * (n // drawn)
 
     async def prompt_logprobs(self, token_ids: list[int], timeout: float) -> list[float]:
         """The logprob of each token but the first, at temperature 1."""

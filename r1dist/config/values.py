@@ -1,0 +1,42 @@
+"""Types of fields, beyond pydantic's own."""
+
+import os
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+
+def expanded(text: Any) -> Any:
+    """A text with a leading `~`, `$NAME` and `${NAME}` replaced as a shell would; what is no text stays as it is.
+
+    Raises `ValueError` where the environment has no such variable or user.
+    """
+    if not isinstance(text, str):
+        return text
+    full = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$(?:[A-Za-z_]\w*|\{\w+\})", full):
+        raise ValueError(f"the environment has no variable {unset[0]}")
+    if full.startswith("~"):
+        raise ValueError(f"there is no home folder {full.split('/')[0]}")
+    return full
+
+
+def _path(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return expanded(text)
+
+
+def _paths(text: str) -> str:
+    return ",".join(_path(part.strip()) for part in text.split(","))
+
+
+Expanded = Annotated[str, AfterValidator(expanded)]
+"""A word for a command line that no shell reads."""
+PathText = Annotated[str, AfterValidator(_path)]
+"""A path, or what may be one (a model, a dataset): `~` and variables of the environment are replaced."""
+PathTexts = Annotated[str, AfterValidator(_paths)]
+"""Several, with commas between them."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What Python, NumPy and torch all take."""

@@ -1,0 +1,75 @@
+"""What a pipeline and a job give the commands that they run."""
+
+import pytest
+from conftest import ROOT, SMALL_GRPO, write_yaml
+
+from r1dist.cluster.allocation import Cluster
+from r1dist.cluster.job_launcher import JobLauncher, PipelineJob
+from r1dist.config.loader import parse
+from r1dist.config.pipeline import PipelineRun
+from r1dist.errors import UserError
+from r1dist.pipeline.graph import Graph
+from r1dist.pipeline.submit import submissions
+
+EVALUATE = {"model": {"path": "tiny"}, "data": {"sources": [{"path": "tiny", "split": "test"}]}}
+
+
+def graph(folder, grpo, *words):
+    """The graph of a base model and a GRPO stage, by two processes, with `words` of the command line."""
+    write_yaml(folder / "grpo.yaml", {**SMALL_GRPO, "output_dir": "unused", **grpo})
+    write_yaml(folder / "evaluate.yaml", EVALUATE)
+    stages = [
+        {"name": "base", "kind": "base", "model": "tiny"},
+        {"name": "rl", "kind": "grpo", "config": "grpo.yaml", "inputs": {"model.path": "base"}},
+    ]
+    tree = {"output_dir": "runs/x", "evaluate": "evaluate.yaml", "stages": stages}
+    tree["accelerate"] = str(ROOT / "configs" / "accelerate" / "zero2_cpu.yaml")
+    file = write_yaml(folder / "pipeline.yaml", tree)
+    return Graph(parse(PipelineRun, ["--config", str(file), *words]), folder, ROOT / "launch")
+
+
+def test_the_plan_knows_the_processes(tmp_path):
+    graph(tmp_path, {"per_device_train_batch_size": 4})
+    with pytest.raises(UserError, match=r"does not divide the 12 rollouts .* x 2 processes"):
+        graph(tmp_path, {"per_device_train_batch_size": 6})
+    uneven = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "generation_batch_size": 96}
+    with pytest.raises(UserError, match="`generation_batch_size` 96"):
+        graph(tmp_path, uneven)
+    with pytest.raises(UserError, match=r"accelerate: there is no file absent\.yaml"):
+        graph(tmp_path, {}, "--accelerate", "absent.yaml")
+    graph(tmp_path, uneven, "--launcher", "job")  # a job's processes depend on its nodes
+
+
+def test_a_stage_that_could_not_resume_is_refused_in_the_plan(tmp_path):
+    with pytest.raises(UserError, match="`save_only_model` leaves checkpoints without the optimizer"):
+        graph(tmp_path, {"per_device_train_batch_size": 4, "save_only_model": True})
+
+
+def test_a_job_checks_the_batch_of_all_its_processes(tmp_path):
+    uneven = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "generation_batch_size": 96}
+    tree = {**SMALL_GRPO, "output_dir": str(tmp_path / "run"), **uneven, "placement": {"processes": 2}}
+    file = write_yaml(tmp_path / "grpo.yaml", tree)
+    with pytest.raises(UserError, match=r"grpo\.yaml: `steps_per_generation` 6 \(`generation_batch_size` 96\)"):
+        JobLauncher("grpo", ["--config", str(file)], Cluster.here(), [])
+
+
+def test_commands_get_the_folder_with_its_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    words = ["--output_dir=~/x", "--slurm", "chain"]
+    plan = graph(tmp_path, {"per_device_train_batch_size": 4}, *words)
+    assert plan.steps["rl"].command[-1] != "~" and "/somewhere/x/rl" in plan.steps["rl"].command
+    assert "/somewhere/x/evaluations/rl.json" in plan.steps["rl.evaluation"].command
+    assert all("--output=/somewhere/x/logs/" in " ".join(command) for _, command in submissions(plan, words, ROOT))
+    file = write_yaml(tmp_path / "one.yaml", {**SMALL_GRPO, "output_dir": "~/x"})
+    job = JobLauncher("grpo", ["--config", str(file)], Cluster.here(), [])
+    assert "--output_dir /somewhere/x" in job.plan() and not (tmp_path / "~").exists()
+    whole = PipelineJob(["--config", str(tmp_path / "pipeline.yaml"), *words], file, [])
+    assert whole.command[-2:] == ["--output_dir", "/somewhere/x"]
+
+
+def test_a_pipeline_without_servers_takes_no_servers_of_its_stages(tmp_path):
+    rollout = {"engine": "vllm", "servers": "a.json"}
+    grpo = {"per_device_train_batch_size": 4, "rollout": rollout}
+    plan = graph(tmp_path, grpo, "--engine", "transformers")
+    assert plan.steps["rl"].config["rollout"]["servers"] == "managed"
+    assert graph(tmp_path, grpo).steps["rl"].config["rollout"]["servers"] == "a.json"
