@@ -5,7 +5,7 @@ from typing import Any
 from ..errors import UserError
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
-from .runs import GRPORun
+from .runs import GRPORun, TrainingRun
 from .sampling import SampleRun
 from .trl_fields import micro_steps_per_generation, trl_value
 
@@ -29,6 +29,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     """
     if isinstance(run, SampleRun):
         _check_generators(run)
+    if not isinstance(run, TrainingRun):
+        _check_not_trained(run, where)
     if not isinstance(run, GRPORun):
         return
     check_rewards(run.rewards)
@@ -46,6 +48,15 @@ def _check_generators(run: SampleRun) -> None:
         raise UserError("generators: two of them have the same `name`; each needs its own.")
     if run.rows is None and any(generator.share < 1 for generator in run.generators):
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
+
+
+def _check_not_trained(run: Any, where: str) -> None:
+    parts = run.generators if isinstance(run, SampleRun) else [run]
+    if any(part.model.lora is not None for part in parts if hasattr(part, "model")):
+        raise UserError(
+            f"{where}: `model.lora` is for training, and nothing is trained here; leave it out.\n"
+            "To use adapters, name their folder as `model.path`."
+        )
 
 
 def _check_objective(run: GRPORun, where: str) -> None:
