@@ -4,6 +4,7 @@ import copy
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,7 @@ def trained_parameters(lora: Lora, architecture: PretrainedConfig, task: Task) -
                 raise _no_such_layer(target, model)
         try:
             adapted = get_peft_model(model, config)
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise _no_such_layer(lora.targets, model) from error
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if architecture.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
@@ -99,7 +100,7 @@ def adapter_folder(path: str) -> Path | None:
     found = find_adapter_config_file(path)
     if found is None:
         return None
-    require_peft(f"model.path: {path} holds adapters")
+    require_peft(f"{path} holds adapters")
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download

@@ -19,7 +19,10 @@ from r1dist.errors import UserError
 from r1dist.generation.local import load_engine
 from r1dist.generation.vllm.start import plan_serve
 from r1dist.models import check_lora, load_model_config, load_tokenizer, stop_ids, weights_path
+from r1dist.pipeline.manifest import digest
+from r1dist.reward_models import train as reward_models
 from r1dist.rewards.model import ModelReward, conversation_ids
+from r1dist.sft import train as sft
 from r1dist.tiny import BASE_DIR
 
 IDS = torch.tensor([[5, 80, 200, 17, 3, 9]])
@@ -63,12 +66,15 @@ def test_merged_is_what_the_adapters_compute_and_what_their_equation_says(tmp_pa
 
 def test_adapters_are_merged_once_and_again_when_they_change(tmp_path):
     folder, _ = adapters(tmp_path)
+    output = digest(tmp_path)  # as a pipeline records a stage's
     first = merged_path(folder, "float32")
     written = [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.glob("merged-*/*"))]
     assert merged_path(folder, "float32") == first and weights_path(Model(path=folder)) == first
     assert written == [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.glob("merged-*/*"))]
+    assert digest(tmp_path) == output
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 1}))
+    assert digest(tmp_path) != output
     assert merged_path(folder, "float32") != first
 
 
@@ -147,7 +153,7 @@ def test_adapters_that_cannot_be_used_are_refused_with_their_mend(tmp_path, monk
 def test_targets_that_are_no_layers_are_refused_before_weights_are_loaded(task, monkeypatch):
     for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
         monkeypatch.setattr(auto_class, "from_pretrained", None)
-    for targets in ("nothing", ["nothing"], ["q_proj", "nothing"], ["mlp"], []):
+    for targets in ("nothing", "(", ["nothing"], ["q_proj", "nothing"], ["mlp"], []):
         with pytest.raises(UserError, match=r"lora.targets: .*\nUse `all-linear`, or some of down_proj, gate_proj"):
             check_lora(Model(path="tiny", lora=Lora(targets=targets)), task)
     for targets in ("all-linear", ["q_proj", "v_proj"], r".*\.0\.self_attn\.q_proj", ["layers.0.mlp.up_proj"]):
@@ -157,6 +163,18 @@ def test_targets_that_are_no_layers_are_refused_before_weights_are_loaded(task, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model.lora: peft is not installed"):
         check_lora(Model(path="tiny", lora=Lora()), task)
+
+
+def test_a_run_with_such_targets_writes_nothing(tmp_path, monkeypatch):
+    model = {"path": "tiny", "lora": {"targets": ["nothing"]}}
+    talk = {"data": {"sources": [{"path": "tiny_talk", "limit": 8}]}}
+    pairs = {"loss": "pairwise", "sources": [{"path": "tiny_pairs", "limit": 8}]}
+    for module, run_class, tree in ((sft, SFTRun, talk), (reward_models, RewardModelRun, pairs)):
+        monkeypatch.setattr(module, "set_up_process", lambda: None)  # once for a process
+        run = build(run_class, {**tree, "model": model, "output_dir": str(tmp_path / "run")}, "test")
+        with pytest.raises(UserError, match=r"model\.lora\.targets"):
+            module.train(run)
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("fields", [{"r": 0}, {"r": -1}, {"alpha": 0}, {"dropout": 1.0}, {"save": "both"}])
