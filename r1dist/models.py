@@ -39,7 +39,9 @@ def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def weights_path(model: Model) -> str:
     """The path of whole weights, for trainers and servers: adapters are merged, see `adapters.merged_path`."""
-    return merged_path(model_path(model), model.dtype)
+    path = merged_path(model_path(model), model.dtype)
+    # Adapters record it, to be loaded from any working directory.
+    return str(Path(path).absolute()) if model.lora is not None and Path(path).is_dir() else path
 
 
 def check_lora(model: Model, task: Task = "CAUSAL_LM") -> None:

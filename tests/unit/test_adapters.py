@@ -88,6 +88,12 @@ def test_adapters_may_have_been_trained_on_merged_adapters(tmp_path):
             assert torch.allclose(load_model(second, dtype=torch.float32)(IDS).logits, adapted, rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_record_where_their_base_model_is_whatever_the_working_directory(monkeypatch):
+    monkeypatch.chdir(BASE_DIR.parent)
+    assert weights_path(Model(path=BASE_DIR.name, lora=Lora())) == str(BASE_DIR.absolute())
+    assert weights_path(Model(path=BASE_DIR.name)) == BASE_DIR.name
+
+
 def test_what_a_folder_of_adapters_does_not_bring_comes_from_the_base_model(tmp_path):
     folder, _ = adapters(tmp_path)
     model = Model(path=folder)
