@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from .adapters import Task, merged_path, path_with, require_peft, trained_parameters
 from .config import Model
 from .errors import UserError
 from .tiny import EMBEDDED
@@ -17,23 +18,37 @@ def model_path(model: Model) -> str:
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of `model`; raises `UserError` if it cannot be loaded."""
-    path = model.tokenizer or model_path(model)
+    path = model.tokenizer or path_with("tokenizer_config.json", model_path(model))
     return _load(AutoTokenizer, path, "model.tokenizer" if model.tokenizer else "model.path")
 
 
 def load_model_config(model: Model) -> PretrainedConfig:
     """The architecture's configuration, without weights; raises `UserError` if it cannot be loaded."""
-    return _load(AutoConfig, model_path(model), "model.path")
+    return _load(AutoConfig, path_with("config.json", model_path(model)), "model.path")
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that end a completion: the tokenizer's, and those that the model's generation settings name."""
     try:
-        named = GenerationConfig.from_pretrained(model_path(model)).eos_token_id
+        named = GenerationConfig.from_pretrained(path_with("generation_config.json", model_path(model))).eos_token_id
     except OSError:  # a model need not have such settings
         named = None
     named = [named] if isinstance(named, int) else named or []
     return sorted({*named, tokenizer.eos_token_id})
+
+
+def weights_path(model: Model) -> str:
+    """The path of whole weights, for trainers and servers: adapters are merged, see `adapters.merged_path`."""
+    path = merged_path(model_path(model), model.dtype)
+    # Adapters record it, to be loaded from any working directory.
+    return str(Path(path).absolute()) if model.lora is not None and Path(path).is_dir() else path
+
+
+def check_lora(model: Model, task: Task = "CAUSAL_LM") -> None:
+    """Raises `UserError` if `model.lora` cannot be used with this model, of which no weights are loaded."""
+    if model.lora is not None:
+        require_peft("model.lora")
+        trained_parameters(model.lora, load_model_config(model), task)
 
 
 def model_init_kwargs(model: Model) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
+from ..adapters import trained_parameters
 from ..config import EvaluateRun, GRPORun, Model, RewardModelRun, SampleRun, SFTRun
 from ..config.loader import as_tree
 from ..config.trl_fields import trl_value
@@ -83,7 +84,10 @@ def training_memory(
     run: GRPORun | SFTRun | RewardModelRun, config: PretrainedConfig, sharding: Sharding
 ) -> dict[str, int]:
     """Bytes by part on the device that trains, the two phases' peaks last; the host's memory is left out."""
-    count = parameter_count(config)
+    lora = run.model.lora
+    count = trained = parameter_count(config)
+    if lora is not None:
+        trained = trained_parameters(lora, config, "SEQ_CLS" if isinstance(run, RewardModelRun) else "CAUSAL_LM")
     width = BYTES[run.model.dtype]
     states = sharding.processes if sharding.zero_stage >= 1 else 1
     gradients = sharding.processes if sharding.zero_stage >= 2 else 1
@@ -91,20 +95,23 @@ def training_memory(
     mixed = bool(run.trl.get("bf16", torch.cuda.is_available()))
     under_deepspeed = sharding.zero_stage > 0
     held = 2 if mixed and under_deepspeed else width  # DeepSpeed trains in bf16, with a float32 master copy
+    updated = held if lora is None or under_deepspeed else 4  # PEFT keeps adapters in float32
     parts = {
         "weights": 0 if sharding.parameters_on_host else count * held // weights,
-        "gradients": count * held // gradients,
-        "optimizer states": 0 if sharding.optimizer_on_host else 2 * count * max(held, 4) // states,
+        "gradients": trained * updated // gradients,
+        "optimizer states": 0 if sharding.optimizer_on_host else 2 * trained * max(held, 4) // states,
     }
+    if lora is not None:
+        parts["adapters"] = trained * updated // weights
     if mixed and under_deepspeed and not sharding.optimizer_on_host:
-        parts["master weights"] = 4 * count // states
+        parts["master weights"] = 4 * trained // states
     if mixed and not under_deepspeed and width == 4:
         parts["bf16 copies (autocast)"] = 2 * count
     compute = 2 if mixed else width
     rows = trl_value(run, "per_device_train_batch_size")
     offload, generating = False, {}
     if isinstance(run, GRPORun):
-        if trl_value(run, "beta"):
+        if trl_value(run, "beta") and lora is None:  # with adapters the reference is the base model
             parts["reference model"] = 0 if sharding.parameters_on_host else count * width // weights
         length = PROMPT_TOKENS + trl_value(run, "max_completion_length")
         tokens = min(rows * length, max(run.train.token_budget or math.inf, length))

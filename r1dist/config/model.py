@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from .resumable import MayChange
 from .rewards import STRICT
 from .values import PathText
 
@@ -21,6 +22,8 @@ class Lora:
     """Dropout before the adapters."""
     targets: str | list[str] = "all-linear"
     """Names of the layers to adapt; `all-linear` is all but the head."""
+    save: MayChange[Literal["adapters", "merged"]] = "adapters"
+    """What the run leaves at its end: the adapters, or the whole model with the adapters merged into it."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -28,7 +31,8 @@ class Model:
     """Which weights to start from."""
 
     path: PathText
-    """A hub id, a local folder, or one of the embedded base models, `tiny` and `tiny-small`."""
+    """A hub id, a local folder, or one of the embedded base models, `tiny` and `tiny-small`. Adapters found there are
+    merged into their base model."""
     tokenizer: PathText | None = None
     """Where the tokenizer is. Unset: with the weights."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -24,6 +24,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_servers(run, where)
     if isinstance(run, TrainingRun):
         _check_supported(run, where)
+    else:
+        _check_not_trained(run, where)
     if isinstance(run, SFTRun):
         _check_packing(run, where)
     if not isinstance(run, GRPORun):
@@ -76,6 +78,15 @@ def _check_servers(run: GRPORun | SampleRun, where: str) -> None:
         raise UserError(
             f"{where}: `rollout.servers` names {run.rollout.servers}, but with `rollout.engine: transformers` no "
             "server is asked.\nSet `rollout.engine: vllm`, or leave `rollout.servers` out."
+        )
+
+
+def _check_not_trained(run: Any, where: str) -> None:
+    parts = run.generators if isinstance(run, SampleRun) else [run]
+    if any(part.model.lora is not None for part in parts if hasattr(part, "model")):
+        raise UserError(
+            f"{where}: `model.lora` is for training, and nothing is trained here; leave it out.\n"
+            "To use adapters, name their folder as `model.path`."
         )
 
 

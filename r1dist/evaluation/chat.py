@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
+from ..adapters import load_model
 from ..config import ChatRun
 from ..data.templates import check_chat_template, make_prompt, prompt_ids
 from ..errors import UserError
@@ -94,7 +95,7 @@ class Chat:
         check_chat_template(self.tokenizer, run.template, run.model.path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, run.model.dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(model_path(run.model), dtype=dtype).to(device).eval()
+        self.model = load_model(model_path(run.model), dtype=dtype).to(device).eval()
         self.stops = stop_ids(run.model, self.tokenizer)
         self.turns: list[tuple[str, str]] = []
 

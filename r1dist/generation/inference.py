@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Model
 from ..config import Rollout as RolloutSettings
-from ..models import model_path, stop_ids
+from ..models import stop_ids, weights_path
 from .engine import Engine
 from .local import load_engine
 from .vllm.start import connect_fixed, start_managed
@@ -28,7 +28,7 @@ def fixed_engine(
         yield load_engine(model, tokenizer, rollout.batch_size)
         return
     managed = rollout.servers == "managed"
-    servers = start_managed(rollout, model_path(model), model.dtype, tokens, folder, trainers=0) if managed else None
+    servers = start_managed(rollout, weights_path(model), model.dtype, tokens, folder, trainers=0) if managed else None
     try:
         engine = connect_fixed(rollout, folder, stop_ids(model, tokenizer))
         try:

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from ..adapters import load_model
 from ..config import Model
 from ..models import model_path, stop_ids
 from .engine import Request, Rollout, Sampling
@@ -215,7 +215,7 @@ class InProcessEngine:
 
 def load_engine(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> InProcessEngine:
     """The engine over `model`, loaded for nothing but to generate, on the GPU if there is one."""
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded = load_model(
         model_path(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attn_implementation
     )
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -14,7 +14,7 @@ from trl.trainer.utils import selective_log_softmax
 from ..config import GRPORun
 from ..config import Rollout as RolloutSettings
 from ..files import SERVERS
-from ..models import model_path
+from ..models import weights_path
 from .engine import Engine
 from .local import InProcessEngine
 from .vllm.engine import Policy
@@ -76,7 +76,7 @@ def managed_servers(run: GRPORun, dtype: str, tokens: int, rank: int) -> Iterato
         return
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     folder = _servers_folder(run.trl["output_dir"])
-    servers = start_managed(run.rollout, model_path(run.model), dtype, tokens, folder, trainers)
+    servers = start_managed(run.rollout, weights_path(run.model), dtype, tokens, folder, trainers)
     try:
         yield
     finally:

@@ -7,18 +7,22 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import trl
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from ..adapters import lora_config, save_trained
 from ..config import RewardModelRun
 from ..config.trl_fields import trl_value
 from ..data.sources import load_labels, load_pairs
@@ -26,7 +30,7 @@ from ..data.templates import check_chat_template
 from ..errors import UserError
 from ..evaluation.intervals import clustered_interval
 from ..files import write_json
-from ..models import load_tokenizer, model_init_kwargs, model_path
+from ..models import check_lora, load_tokenizer, model_init_kwargs, weights_path
 from ..rewards.model import ModelReward, conversation_ids
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
@@ -61,8 +65,10 @@ def train(run: RewardModelRun) -> None:
     set_up_process()
     tokenizer = load_tokenizer(run.model)
     check_chat_template(tokenizer, "chat", run.model.path)
+    check_lora(run.model, "SEQ_CLS")
     pairwise = run.loss == "pairwise"
     dataset = (pair_dataset if pairwise else label_dataset)(run, tokenizer)
+    weights = weights_path(run.model)
     arguments = trl_arguments(
         trl.RewardConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model)
     )
@@ -70,13 +76,13 @@ def train(run: RewardModelRun) -> None:
         common = {"args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
         common["stall_timeout"] = run.train.stall_timeout
         if pairwise:
-            trainer = PairTrainer(model=model_path(run.model), **common)
+            trainer = PairTrainer(model=weights, peft_config=lora_config(run.model.lora, "SEQ_CLS"), **common)
         else:
             collator = DataCollatorWithPadding(tokenizer)
             trainer = LabelTrainer(model=new_classifier(run, tokenizer), data_collator=collator, **common)
         show_progress(trainer, COLUMNS)
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        save_trained(trainer, run.model, "SEQ_CLS")
         if run.holdout and trainer.is_world_process_zero():
             scores = measure(run)
             logger.info("right on %.1f %% of %d rows held out", 100 * scores.accuracy, scores.rows)
@@ -134,14 +140,27 @@ def _fitting(run: RewardModelRun, rows: Dataset) -> Dataset:
     return fitting
 
 
-def new_classifier(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> AutoModelForSequenceClassification:
-    """`run.model` with a head of one logit, drawn by the run's seed, as TRL does for pairs."""
+def new_classifier(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """`run.model` with a head of one logit, drawn by the run's seed as TRL does for pairs, and with its adapters."""
     set_seed(trl_value(run, "seed"))
     with suppress_seqcls_warning():
-        return AutoModelForSequenceClassification.from_pretrained(
-            model_path(run.model),
+        model = AutoModelForSequenceClassification.from_pretrained(
+            weights_path(run.model),
             num_labels=1,
             problem_type="multi_label_classification",  # transformers' name for cross-entropy on each logit
             pad_token_id=tokenizer.pad_token_id,
             **model_init_kwargs(run.model),
         )
+    return model if run.model.lora is None else _adapted(run, model)
+
+
+def _adapted(run: RewardModelRun, model: PreTrainedModel) -> Any:
+    """`model` with adapters, as TRL's trainers wrap theirs."""
+    from peft import get_peft_model
+
+    # ZeRO-3 gathers parameters of one dtype.
+    upcast = not is_deepspeed_zero3_enabled()
+    adapted = get_peft_model(model, lora_config(run.model.lora, "SEQ_CLS"), autocast_adapter_dtype=upcast)
+    if trl_value(run, "gradient_checkpointing"):
+        adapted.enable_input_require_grads()
+    return adapted

@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..adapters import load_model, path_with
 from ..errors import UserError
 from .math.accuracy import final_answer
 
@@ -37,11 +38,12 @@ class ModelReward:
     """
 
     def __init__(self, name: str, folder: str):
-        if not (Path(folder) / "config.json").is_file():
+        if not any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"rewards.{name}.model: {folder} holds no reward model; launch/reward_model.py makes one.")
         self.name = name
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path_with("tokenizer_config.json", folder))
+        pad = self.tokenizer.pad_token_id  # adapters leave it to be set, with the number of labels
+        self.model = load_model(folder, "SEQ_CLS", num_labels=1, pad_token_id=pad, dtype=torch.float32).eval()
         if torch.cuda.is_available():
             self.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 

@@ -9,6 +9,7 @@ import trl
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..adapters import lora_config, save_trained
 from ..config import GRPORun
 from ..config.trl_fields import trl_value
 from ..data.prompts import prompt_dataset
@@ -16,12 +17,12 @@ from ..errors import RunStopped, UserError, VerifiersBroken
 from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
 from ..generation.trainer_engines import local_engine, managed_servers, server_engine
-from ..models import load_model_config, load_tokenizer, model_init_kwargs, model_path
+from ..models import check_lora, load_model_config, load_tokenizer, model_init_kwargs, weights_path
 from ..rewards import VERIFIERS, Rewards
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.progress import show_progress
-from ..run.setup import computing_dtype, hardware_defaults, lora_config, run_folder, trl_arguments
+from ..run.setup import computing_dtype, hardware_defaults, run_folder, trl_arguments
 from .trainer import GRPOTrainer
 
 COLUMNS = {
@@ -41,8 +42,9 @@ def train(run: GRPORun) -> None:
 
 
 def _train(run: GRPORun, pool: Pool) -> None:
-    # Before TRL's arguments: once they have set transformers up for ZeRO-3, a reward model would be sharded, too.
-    rewards = Rewards(run.rewards, pool)
+    check_lora(run.model)
+    # Before TRL's arguments: once they have set transformers up for ZeRO-3, these would be sharded, too.
+    rewards, _ = Rewards(run.rewards, pool), weights_path(run.model)
     tokenizer = load_tokenizer(run.model)
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, trl_value(run, "max_completion_length"))
@@ -57,15 +59,14 @@ def _train(run: GRPORun, pool: Pool) -> None:
             raise RunStopped(f"{error}\n{save_before_stopping(trainer)}") from error
         finally:
             trainer.close()
-        trainer.save_model()
+        save_trained(trainer, run.model)
     # If one rank ends before another, their process group still open, some abort.
     trainer.accelerator.end_training()
 
 
 def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
-    fields = {**hardware_defaults(run.trl), "model_init_kwargs": model_init_kwargs(run.model)}
-    return trl_arguments(trl.GRPOConfig, **fields, remove_unused_columns=False)
+    return trl_arguments(trl.GRPOConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model))
 
 
 def build_trainer(
@@ -86,7 +87,7 @@ def build_trainer(
         settings=run.train,
         max_staleness=run.rollout.max_staleness,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
-        model=model_path(run.model),
+        model=weights_path(run.model),
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -98,8 +99,7 @@ def build_trainer(
 
 def save_before_stopping(trainer: GRPOTrainer) -> str:
     """Save a checkpoint, unless no step was finished; returns where it is."""
-    step = trainer.state.global_step
-    if step == 0:
+    if (step := trainer.state.global_step) == 0:
         return "No step was finished, so there is nothing to save."
     trainer.save_step_start()
     return f"Step {step} is saved in {trainer.args.output_dir}; --resume continues from there."

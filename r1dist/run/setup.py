@@ -1,6 +1,5 @@
 """What every trainer of this project decides about TRL's arguments."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..config import GRPORun, Lora, RewardModelRun, SFTRun
+from ..config import GRPORun, RewardModelRun, SFTRun
 from ..config.loader import as_tree
 from ..config.trl_fields import micro_steps_per_generation, trl_value
 from ..errors import RunStopped, UserError
@@ -32,23 +31,6 @@ def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
 def computing_dtype(arguments: TrainingArguments, weights: str) -> str:
     """The dtype of the trainer's computation."""
     return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else weights
-
-
-def lora_config(lora: Lora | None) -> Any:
-    """PEFT's configuration of the adapters, or None; raises `UserError` where PEFT is not installed."""
-    if lora is None:
-        return None
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("model.lora: peft is not installed in this environment; `pip install -e '.[lora]'` adds it.")
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        task_type="CAUSAL_LM",
-    )
 
 
 def trl_arguments(config_class: type, **values: Any) -> Any:

@@ -2,10 +2,11 @@
 
 import trl
 
+from ..adapters import lora_config, save_trained
 from ..config import SFTRun
 from ..config.trl_fields import trl_value
 from ..data.prompts import completion_dataset
-from ..models import load_tokenizer, model_init_kwargs, model_path
+from ..models import check_lora, load_tokenizer, model_init_kwargs, weights_path
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
 from ..run.progress import show_progress
@@ -24,7 +25,9 @@ def train(run: SFTRun) -> None:
     """Fine-tune `run.model` and save it into `output_dir`."""
     set_up_process()
     tokenizer = load_tokenizer(run.model)
+    check_lora(run.model)
     dataset = completion_dataset(run.data, tokenizer, run.model.path, trl_value(run, "max_length"))
+    weights = weights_path(run.model)
     arguments = trl_arguments(
         trl.SFTConfig,
         **{**DEFAULTS, **hardware_defaults(run.trl)},
@@ -32,13 +35,14 @@ def train(run: SFTRun) -> None:
     )
     with run_folder(run, "sft") as checkpoint:
         trainer = SFTTrainer(
-            model=model_path(run.model),
+            model=weights,
             args=arguments,
             train_dataset=dataset,
             processing_class=tokenizer,
+            peft_config=lora_config(run.model.lora),
             stall_timeout=run.train.stall_timeout,
         )
         show_progress(trainer, COLUMNS)
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        save_trained(trainer, run.model)
         trainer.accelerator.end_training()  # as in grpo.py

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "r1dist"
 FLOORS = [
     {"errors", "logs", "signals", "tiny"},
     {"files", "config"},
+    {"adapters"},
     {"models"},
     {"data", "run"},
     {"rewards", "generation"},

@@ -11,7 +11,7 @@ import torch
 
 from ...config import Rollout, Serve, ServeRun
 from ...errors import UserError
-from ...models import model_path
+from ...models import model_path, weights_path
 from ..engine import RolloutsLost
 from ..weight_sync.source import WeightSource
 from ..weight_sync.transports import FileTransport, GPUTransport, Transport
@@ -60,7 +60,8 @@ def plan_serve(run: ServeRun) -> tuple[str, str]:
     gpus = torch.cuda.device_count()
     if not gpus:
         _on_cores(run, run.transport)
-    return model_path(run.model), "shm" if not gpus else "nccl" if run.transport == "auto" else run.transport
+    model = model_path(run.model) if run.dry_run else weights_path(run.model)
+    return model, "shm" if not gpus else "nccl" if run.transport == "auto" else run.transport
 
 
 def _on_cores(serve: Serve, transport: str) -> None:
