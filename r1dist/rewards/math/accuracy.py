@@ -1,8 +1,8 @@
 r"""Is the final answer right? Checked by math-verify, never by a model.
 
 Of a completion, only the final answer is read, and of that only what it commits to (`statement.py`). An answer of
-several parts is right if the gold answer has the same parts, as often: "3 or 5" is wrong where 3 is right. In a chain of
-equations, all numbers must be right: "x = 1/2 = 0.5". Ours, because math-verify does otherwise:
+several parts is right if the gold answer has the same parts, as often: "3 or 5" is wrong where 3 is right. In a chain
+of equations, all numbers must be right: "x = 1/2 = 0.5". Ours, because math-verify does otherwise:
 
 - Decimals agree in 6 places and in 6 significant digits; math-verify counts places only, and 0.0000014 as 0.0000006.
 - `1, 1, 2` is not `1, 2, 2`; math-verify compares them as sets.
@@ -29,7 +29,7 @@ from sympy import Eq, Expr, Float, Set, Tuple, Union, floor, log, preorder_trave
 from sympy.logic.boolalg import Boolean
 
 from .hostile import too_hard
-from .statement import Formula, Statement, denied, has_prose, statement, stated_formula, whole_formula
+from .statement import Formula, Statement, denied, has_prose, stated_formula, statement, whole_formula
 from .units import contradict
 
 # No search inside other text, and no units stripped: `statement` has done both by rules of ours.
@@ -62,9 +62,9 @@ SENTENCE = re.compile(rf"\$*\\text\{{(?=[^{{}}]*[^\W\d_]{{3}}) ?{LETTERS}(?: {LE
 DECIDED = re.compile(r"(yes|no|true|false) \1[,.;:] (?!.*\b(?:yes|no|not|true|false)\b).*", re.IGNORECASE)
 # What data sets write where there is no answer.
 NO_ANSWER = re.compile(
-    r".*\b(?:pro(?:of|ofs|ve|ves|ved|ven)|qed|q\.e\.d|var(?:y|ies)|see)\b.*|(?:no|not|none|un)[ -]?(?:answer|solution given"
-    r"|found|available|applicable|provided|given|specified|known|answerable)(?: \w+)?|n/?a|nan|null|tbd|todo"
-    r"|answers?|solutions?|omitted|missing|error|trivial|(?:as )?shown|verified|demonstrated",
+    r".*\b(?:pro(?:of|ofs|ve|ves|ved|ven)|qed|q\.e\.d|var(?:y|ies)|see)\b.*"
+    r"|(?:no|not|none|un)[ -]?(?:answer|found|available|applicable|provided|given|specified|known|answerable)(?: \w+)?"
+    r"|n/?a|nan|null|tbd|todo|answers?|solutions?|omitted|missing|error|trivial|(?:as )?shown|verified|demonstrated",
     re.IGNORECASE,
 )
 # "1 2" is not 12.
@@ -186,7 +186,9 @@ def _parse(formula: str) -> list[Any]:
     found = parse(f"${formula}$", extraction_config=EXTRACTION, fallback_mode="no_fallback", parsing_timeout=NO_CLOCK)
     if found or r"\pm" not in formula:
         # math-verify rounds a decimal only where it stands alone: 1.5 \times 10^{-7} would equal no fraction.
-        return [part.doit() if isinstance(part, Expr) and part.is_number and part.has(Float) else part for part in found]
+        return [
+            part.doit() if isinstance(part, Expr) and part.is_number and part.has(Float) else part for part in found
+        ]
     parts = [part.replace(r"\pm", sign) for part in formula.split(",") for sign in ("+-" if r"\pm" in part else " ")]
     return _parse(",".join(parts))
 

@@ -1,9 +1,9 @@
 r"""What does an answer commit to? Text in, text out: nothing is evaluated here.
 
 The last `\boxed{}` speaks for the text, with those close before it as one answer of several parts; else what follows
-the last "answer is", "Answer:" or "####"; else all of it. Of prose, the formula is the first one after "answer is" that
-is not what the sentence is about ("the largest $n$ is 34"), and the last one elsewhere, with all that is joined to it by
-commas, "or", "and", "maybe": such parts make one answer, too.
+the last "answer is", "Answer:" or "####"; else all of it. Of prose, the formula is the first one after "answer is"
+that is not what the sentence is about ("the largest $n$ is 34"), and the last one elsewhere, with all that is joined
+to it by commas, "or", "and", "maybe": such parts make one answer, too.
 
 Not math-verify's extraction: that pays an answer of two candidates for the one that it finds, and denied ones.
 
@@ -57,8 +57,8 @@ THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?![\d,])|\
 BASE = re.compile(r"(?<=\d)_ ?\{? ?(\d+) ?\}?\Z")
 # Two letters are a product of variables unless they are known here; one letter is a unit behind a space only.
 UNIT = re.compile(
-    r"(?:(?<=[\d)}\]!]) ?|(?<=[a-z]) )(?P<unit>(?:[A-Za-zµ]{3,}|[cdkmn]m|[km]g|m[lLs]|ft|in(?! [a-z])|lbs?|oz|hr|mi|yd|sq"
-    r"|Hz|k[JWN]|cc|[ap]m|[AP]M|(?<= )[mgshlLNJWVAKCF])(?![A-Za-z])(?: ?\^ ?\{? ?\d{1,2} ?\}?)?"
+    r"(?:(?<=[\d)}\]!]) ?|(?<=[a-z]) )(?P<unit>(?:[A-Za-zµ]{3,}|[cdkmn]m|[km]g|m[lLs]|ft|in(?! [a-z])|lbs?|oz|hr|mi|yd"
+    r"|sq|Hz|k[JWN]|cc|[ap]m|[AP]M|(?<= )[mgshlLNJWVAKCF])(?![A-Za-z])(?: ?\^ ?\{? ?\d{1,2} ?\}?)?"
     r"(?:(?: | ?/ ?)[A-Za-z]+(?: ?\^ ?\{? ?\d{1,2} ?\}?)?){0,3})"
 )
 AMOUNT = re.compile(UNIT.pattern + r"(?=,| ?\d)")
@@ -69,8 +69,13 @@ FORMULA = re.compile(
 )
 # A dollar sign before a number is a price, and so is what reads like a formula between two such signs.
 CUT_OFF = re.compile(r"\A ?[=*/^]|[-+=*/(,] ?\Z")
-SUBJECT = re.compile(r"\A[ ,]*(?:is|are|equals?|must be|should be|will be|would be)\b(?! (?:not|never|wrong|incorrect)\b)")
-NOT = r"(?:\b(?:not|never|cannot|neither|nor|no longer|none|except|rule out|(?:all|anything) but|wrong|incorrect|false)\b|n't\b)"
+SUBJECT = re.compile(
+    r"\A[ ,]*(?:is|are|equals?|must be|should be|will be|would be)\b(?! (?:not|never|wrong|incorrect)\b)"
+)
+NOT = (
+    r"(?:\b(?:not|never|cannot|neither|nor|no longer|none|except|rule out|(?:all|anything) but|wrong|incorrect"
+    r"|false)\b|n't\b)"
+)
 DENIED = re.compile(NOT, re.IGNORECASE)
 DENIED_BEFORE = re.compile(NOT + r"(?: [^\W\d]\w*){0,3} ?[$(]*\Z", re.IGNORECASE)
 DENIED_AFTER = re.compile(r"\A[$), ]*(?:(?:is|was|are|can|could|would|does|do|must)\b ?)?" + NOT, re.IGNORECASE)
@@ -162,7 +167,9 @@ def tidy(text: str) -> str:
     text = PRICE.sub(lambda found: found[2] + (" dollars" if found[1] == r"\$" else found[1]), text)
     text = text.replace(r"\$", "").translate(SIGNS)
     text = re.sub(r"\b([ap])\.m\b\.?", r"\1m", re.sub(r"(?<=[a-z]) \^", "^", text))
-    text = SCIENTIFIC.sub(r"\1 \\times 10^{\2}", re.sub(r"\^ ?(-\d+)", r"^{\1}", re.sub(r"(?<=\d) x (?=\d)", r" \\times ", text)))
+    text = SCIENTIFIC.sub(
+        r"\1 \\times 10^{\2}", re.sub(r"\^ ?(-\d+)", r"^{\1}", re.sub(r"(?<=\d) x (?=\d)", r" \\times ", text))
+    )
     text = PERCENT.sub(r"\\%", DEGREES.sub(" degrees", " ".join(text.split())))
     text = ROOT.sub(r"\\sqrt{\1}", FUNCTION.sub(r"\\", JOINED.sub(", ", text)))
     return _trim(text)

@@ -20,7 +20,9 @@ ALIASES = {
     for alias in aliases.split()
 }  # fmt: skip
 SHORT = {"mph": "miles per hour", "kmph": "km per hour", "kph": "km per hour", "cc": "cm^3"}
-WORD = re.compile(r"(?P<per>/|per\b)|(?P<power>square|sq|cubic|cu)\b|(?P<name>[A-Za-zµ]+)\.?(?: ?\^?\{? ?(?P<to>\d+))?")
+WORD = re.compile(
+    r"(?P<per>/|per\b)|(?P<power>square|sq|cubic|cu)\b|(?P<name>[A-Za-zµ]+)\.?(?: ?\^?\{? ?(?P<to>\d+))?"
+)
 DEGREES = re.compile(r"\Adeg(?:rees?)? ?(?=[CF]\b|celsius|fahrenheit)", re.IGNORECASE)
 SCALES = {Symbol("celsius"), Symbol("fahrenheit")}
 
