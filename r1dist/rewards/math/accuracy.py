@@ -213,7 +213,10 @@ def _as_union(expression: Any, beside: Any) -> Any:
         return expression
     if len(expression.free_symbols) != 1 or not all(isinstance(part, Boolean) for part in parts):
         return expression
-    return Union(*(part.as_set() for part in parts))
+    try:
+        return Union(*(part.as_set() for part in parts))
+    except (TypeError, ValueError, NotImplementedError):  # what sympy cannot solve, or compares with no real number
+        return expression
 
 
 def _places(gold: Any) -> int:
