@@ -1,7 +1,10 @@
 """The final answer is paid if it is right, and for nothing else."""
 
+import json
+
 import pytest
 from answer_pairs import RIGHT, UNSCORABLE, WRONG
+from conftest import GSM8K
 
 from r1dist.rewards.math.accuracy import accuracy, final_answer
 
@@ -72,3 +75,23 @@ def test_a_moment_in_which_the_machine_stands_still_makes_no_answer_wrong(monkey
 
     monkeypatch.setattr("signal.alarm", ring)
     assert accuracy("<answer>\\frac{24690}{14}</answer>", {"answer": "12345/7"}) == 1
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="the real data sets do not lie beside this checkout, in ../shared/data")
+@pytest.mark.parametrize(
+    "name",
+    ["math500/test", "gsm8k/test", "gsm8k/train", "mawps/singleop", "mawps/addsub", "mawps/multiarith", "svamp/test"],
+)
+def test_each_gold_answer_of_a_real_data_set_is_right_and_so_is_its_worked_solution(name):
+    rows = [json.loads(line) for line in (GSM8K.parent / f"{name}.jsonl").read_text().splitlines()]
+    assert len(rows) > 300
+    for row in rows:
+        worked = row.get("solution") or row.get("answer", "")
+        gold = str(row.get("target", row.get("Answer", row.get("answer")))).rpartition("####")[2].strip()
+        for said in (
+            gold,
+            f"\\boxed{{{gold}}}",
+            f"<think>So.</think><answer>{gold}</answer>",
+            *([worked] if worked else []),
+        ):
+            assert accuracy(said, {"answer": gold}) == 1, (gold, said)
