@@ -139,6 +139,7 @@ REFUSED_ATTEMPTS = {
     "memory that no limit counts": "os.memfd_create('x')",
     "read another's memory": "must(libc.process_vm_readv(1, 0, 0, 0, 0, 0))",
     "shared memory": "must(libc.shmget(0, 4096, 0o1600))",
+    "semaphores": "must(libc.semget(0, 32000, 0o1600))",
     "io_uring": "must(libc.syscall({io_uring_setup}, 1, 0))",
     "bpf": "must(libc.syscall({bpf}, 0, 0, 0))",
     "keyrings": "must(libc.syscall({keyctl}, 0, -3, 1))",

@@ -82,6 +82,10 @@ def test_format_broken(completion):
     assert format_reward(completion, {}) == 0.0
 
 
+def test_tags_that_repeat_take_no_quadratic_time():
+    assert format_reward("<think></think><answer>" * 200_000, {}) == 0.0  # minutes, if they did
+
+
 def test_language_share():
     assert language_share("<think>3*4 ends in 2.</think>\n<answer>2</answer>", "en") == 1.0
     assert language_share("3*4末位是2。", "en") == 0.0

@@ -1,7 +1,8 @@
 """The system calls that a program in the sandbox is refused, as a filter that bubblewrap loads.
 
 Refused is what reaches beyond the namespaces (vsock, keyrings), what takes memory that no limit counts (memfd,
-System V and POSIX queues), and what has let programs into kernels before (io_uring, bpf, userfaultfd).
+System V memory, queues and semaphores, POSIX queues), and what has let programs into kernels before (io_uring, bpf,
+userfaultfd).
 """
 
 import platform
@@ -14,6 +15,7 @@ REFUSED = {
     "x86_64": {
         "socket": 41,
         "shmget": 29,
+        "semget": 64,
         "msgget": 68,
         "ptrace": 101,
         "mq_open": 240,
@@ -33,6 +35,7 @@ REFUSED = {
         "socket": 198,
         "shmget": 194,
         "msgget": 186,
+        "semget": 190,
         "ptrace": 117,
         "mq_open": 180,
         "add_key": 217,
