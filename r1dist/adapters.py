@@ -93,12 +93,14 @@ def _no_such_layer(targets: str | list[str], model: torch.nn.Module) -> UserErro
     )
 
 
+def is_missing_folder(path: str) -> bool:
+    """Whether `path` is written as a folder's and there is none. Anything else may be a hub id."""
+    return path.startswith((".", "/", "~")) and not Path(path).is_dir()
+
+
 def adapter_folder(path: str) -> Path | None:
     """The folder with the adapters that `path` (a folder or a hub id) holds; None where it holds none."""
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        return None
-    found = find_adapter_config_file(path)
-    if found is None:
+    if is_missing_folder(path) or find_adapter_config_file(path) is None:
         return None
     require_peft(f"{path} holds adapters")
     if Path(path).is_dir():
@@ -116,7 +118,7 @@ def base_of(folder: Path) -> str:
     base = config.base_model_name_or_path
     if config.is_prompt_learning:
         raise UserError(f"{folder}: {config.peft_type.value} cannot be merged into the model. Name another model.")
-    if base is None or (base.startswith((".", "/", "~")) and not Path(base).is_dir()):
+    if base is None or is_missing_folder(base):
         raise UserError(
             f"{folder} holds adapters of a base model that is not there: {base}.\n"
             f"Correct `base_model_name_or_path` in its {CONFIG}."

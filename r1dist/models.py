@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from .adapters import Task, merged_path, path_with, require_peft, trained_parameters
+from .adapters import Task, is_missing_folder, merged_path, path_with, require_peft, trained_parameters
 from .config import Model
 from .errors import UserError
 from .tiny import EMBEDDED
@@ -57,7 +57,7 @@ def model_init_kwargs(model: Model) -> dict[str, Any]:
 
 
 def _load(auto_class: type, path: str, field: str) -> Any:
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+    if is_missing_folder(path):
         raise UserError(f"{field}: there is no folder {path}.")
     try:
         return auto_class.from_pretrained(path)

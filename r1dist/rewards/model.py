@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..adapters import load_model, path_with
+from ..adapters import CONFIG, load_model, path_with
 from ..errors import UserError
 from .math.accuracy import final_answer
 
@@ -38,7 +38,7 @@ class ModelReward:
     """
 
     def __init__(self, name: str, folder: str):
-        if not any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not any((Path(folder) / file).is_file() for file in ("config.json", CONFIG)):
             raise UserError(f"rewards.{name}.model: {folder} holds no reward model; launch/reward_model.py makes one.")
         self.name = name
         self.tokenizer = AutoTokenizer.from_pretrained(path_with("tokenizer_config.json", folder))

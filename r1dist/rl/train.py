@@ -37,14 +37,14 @@ COLUMNS = {
 def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
     set_up_process()
-    with Pool(VERIFIERS, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
-        _train(run, pool)
-
-
-def _train(run: GRPORun, pool: Pool) -> None:
     check_lora(run.model)
-    # Before TRL's arguments: once they have set transformers up for ZeRO-3, these would be sharded, too.
-    rewards, _ = Rewards(run.rewards, pool), weights_path(run.model)
+    with Pool(VERIFIERS, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
+        _train(run, Rewards(run.rewards, pool))
+
+
+def _train(run: GRPORun, rewards: Rewards) -> None:
+    # Before TRL's arguments: once they have set transformers up for ZeRO-3, what is merged here would be sharded.
+    weights_path(run.model)
     tokenizer = load_tokenizer(run.model)
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, trl_value(run, "max_completion_length"))
