@@ -16,10 +16,10 @@ from result import aim, show
 
 from r1dist.config import Data, Generator, Model, Prompting, Rollout, SampleRun, Source
 from r1dist.config import Sampling as SamplingSettings
+from r1dist.data.templates import load_template
 from r1dist.files import read_lines
 from r1dist.generation.engine import Sampling, generate
 from r1dist.generation.inference import fixed_engine
-from r1dist.models import load_tokenizer
 from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
 from r1dist.run.process import set_up_process
@@ -42,13 +42,13 @@ def main() -> None:
         sampling=SamplingSettings(samples=SAMPLES, max_tokens=MAX_TOKENS),
     )
     run = SampleRun(output_dir="unused", generators=[generator], rollout=Rollout(engine="vllm"))
-    tokenizer = load_tokenizer(generator.model)
-    prompts = generator_prompts(generator, tokenizer)
-    requests = requests_of(run, 0, prompts, tokenizer)
+    template = load_template(generator.model, generator.data.template)
+    prompts = generator_prompts(generator, template)
+    requests = requests_of(run, 0, prompts, template)
     rates: dict[str, list[float]] = {"engine": [], "sampling": []}
     with (
         tempfile.TemporaryDirectory() as name,
-        fixed_engine(run.rollout, generator.model, tokenizer, 256, Path(name)) as engine,
+        fixed_engine(run.rollout, generator.model, template, 256, Path(name)) as engine,
         Pool(VERIFIERS, run.verify) as pool,
     ):
         generate(engine, requests, Sampling(MAX_TOKENS))  # the first one warms up
@@ -58,7 +58,7 @@ def main() -> None:
             rates["engine"].append(sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - began))
             journal = Path(name) / f"{number}.jsonl"
             began = time.perf_counter()
-            fill(run, 0, prompts, engine, tokenizer, journal, set(), pool)
+            fill(run, 0, prompts, engine, template, journal, set(), pool)
             seconds = time.perf_counter() - began
             rates["sampling"].append(
                 sum(s["tokens"] for line in read_lines(journal) for s in line["samples"]) / seconds

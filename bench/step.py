@@ -36,10 +36,11 @@ from result import aim, show
 from rollout import random_model
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 
+from r1dist.config import Model, Serve, TrainRL, Verify
 from r1dist.config import Rollout as RolloutSettings
-from r1dist.config import Serve, TrainRL, Verify
 from r1dist.config.rewards import Reward
 from r1dist.data.length_groups import partition
+from r1dist.data.templates import load_template
 from r1dist.files import SERVERS
 from r1dist.generation.engine import Request, Rollout
 from r1dist.generation.trainer_engines import local_engine, server_engine
@@ -237,10 +238,10 @@ class Bench:
             rewards=OneReward(self.pool),
             settings=TrainRL(**settings),
             max_staleness=max_staleness,
+            template=load_template(Model(path=str(self.path)), "r1_zero"),
             model=str(self.path),
             args=arguments,
             train_dataset=dataset,
-            processing_class=self.tokenizer,
         )
         clock = self._timed(trainer)
         trainer.close()

@@ -1,5 +1,6 @@
 """A model's path, tokenizer and configuration, before its weights are loaded."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,32 @@ def model_path(model: Model) -> str:
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model`; raises `UserError` if it cannot be loaded."""
+    """The tokenizer of `model`, with `model.chat_template_kwargs` as defaults of its chat template.
+
+    Where it has no token for padding, the end of a text pads. Raises `UserError` if it cannot be loaded.
+    """
     path = model.tokenizer or path_with("tokenizer_config.json", model_path(model))
-    return _load(AutoTokenizer, path, "model.tokenizer" if model.tokenizer else "model.path")
+    tokenizer = _load(AutoTokenizer, path, "model.tokenizer" if model.tokenizer else "model.path")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.chat_template_kwargs:
+        tokenizer.chat_template = _with_defaults(tokenizer, model)
+    return tokenizer
+
+
+def _with_defaults(tokenizer: PreTrainedTokenizerBase, model: Model) -> str:
+    """The chat template with `model.chat_template_kwargs` in it, which are saved with the model by that."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"model.chat_template_kwargs: the tokenizer of {model.path} has no chat template.")
+    template = tokenizer.get_chat_template()
+    defaults = ""
+    for name, value in model.chat_template_kwargs.items():
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(
+                f"model.chat_template_kwargs: the chat template of {model.path} has no `{name}`; leave it out."
+            )
+        defaults += f"{{%- set {name} = {name} if {name} is defined else {value!r} -%}}"
+    return defaults + template
 
 
 def load_model_config(model: Model) -> PretrainedConfig:
@@ -27,14 +51,13 @@ def load_model_config(model: Model) -> PretrainedConfig:
     return _load(AutoConfig, path_with("config.json", model_path(model)), "model.path")
 
 
-def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids that end a completion: the tokenizer's, and those that the model's generation settings name."""
+def named_stop_ids(model: Model) -> list[int]:
+    """The token ids that the model's generation settings name as ends of a completion."""
     try:
         named = GenerationConfig.from_pretrained(path_with("generation_config.json", model_path(model))).eos_token_id
     except OSError:  # a model need not have such settings
-        named = None
-    named = [named] if isinstance(named, int) else named or []
-    return sorted({*named, tokenizer.eos_token_id})
+        return []
+    return [named] if isinstance(named, int) else named or []
 
 
 def weights_path(model: Model) -> str:

@@ -97,6 +97,15 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def template():
+    """The shipped base model's chat template."""
+    from r1dist.config import Model
+    from r1dist.data.templates import load_template
+
+    return load_template(Model(path="tiny"), "chat")
+
+
+@pytest.fixture(scope="session")
 def base_model():
     from transformers import AutoModelForCausalLM
 

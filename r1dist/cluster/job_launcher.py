@@ -24,12 +24,13 @@ from ..config.pipeline import PipelineRun
 from ..config.trl_fields import trl_value
 from ..config.validate import validate
 from ..data.prompts import prompt_dataset
+from ..data.templates import load_template
 from ..errors import Interrupted, RunStopped, StageFailed, UserError
 from ..files import LOGS, SERVERS, lock_run_dir
 from ..generation.ports import free_port
 from ..generation.vllm.endpoints import OWNER_ONLY, read
 from ..generation.weight_sync.scratch import clear
-from ..models import load_model_config, load_tokenizer, model_path
+from ..models import load_model_config
 from ..pipeline.graph import KINDS
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from ..run.setup import computing_dtype, hardware_defaults
@@ -330,7 +331,7 @@ def longest(run: GRPORun) -> int:
     """Tokens of the longest prompt with its completion."""
     context = load_model_config(run.model).max_position_embeddings
     completion = trl_value(run, "max_completion_length")
-    rows = prompt_dataset(run.data, load_tokenizer(run.model), model_path(run.model), context, completion)
+    rows = prompt_dataset(run.data, load_template(run.model, run.data.template), context, completion)
     return max(rows["prompt_length"]) + completion
 
 

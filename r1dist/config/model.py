@@ -1,13 +1,13 @@
 """Which weights to start from."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from .resumable import MayChange
 from .rewards import STRICT
-from .values import PathText
+from .values import Identifier, PathText
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -35,6 +35,8 @@ class Model:
     merged into their base model."""
     tokenizer: PathText | None = None
     """Where the tokenizer is. Unset: with the weights."""
+    chat_template_kwargs: dict[Identifier, Any] = Field(default_factory=dict)
+    """Arguments of the tokenizer's chat template (`enable_thinking: false`). They are saved with the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype of the weights held by the trainer. Mixed precision is `bf16`, TRL's field."""
     attn_implementation: str = "sdpa"

@@ -77,6 +77,10 @@ def narrowed(name: str, annotation: Any) -> Any:
 
 # TRL's fields that one of ours replaces: set, they would be contradicted or ignored.
 OURS_INSTEAD = {
+    "chat_template_path": "`model.tokenizer`, a folder with that chat template,",
+    "chat_template_kwargs": "`model.chat_template_kwargs`",
+    "eos_token": "`data.template`: what ends a reply in the chat template ends it everywhere;",
+    "assistant_only_loss": "`data.sources`: the loss falls on the last turn;",
     "model_init_kwargs": "`model.dtype` and `model.attn_implementation`",
     "reward_weights": "`rewards`",
     "vllm_model_impl": "`rollout.serve.arguments: [--model-impl, transformers]`",

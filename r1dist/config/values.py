@@ -38,5 +38,7 @@ PathText = Annotated[str, AfterValidator(_path)]
 """A path, or what may be one (a model, a dataset): `~` and variables of the environment are replaced."""
 PathTexts = Annotated[str, AfterValidator(_paths)]
 """Several, with commas between them."""
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+"""The name of a variable."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What Python, NumPy and torch all take."""

@@ -3,40 +3,40 @@
 import logging
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
 
 from ..config import Data, Prompting, Source
 from ..errors import UserError
 from .sources import load_conversations, load_problems
-from .templates import check_chat_template, make_prompt, prompt_ids
+from .templates import Template
 
 logger = logging.getLogger(__name__)
 
 
 def prompt_dataset(
-    data: Data,
-    tokenizer: PreTrainedTokenizerBase,
-    model_path: str,
-    context: int,
-    completion: int,
-    prompting: Prompting | None = None,
+    data: Data, template: Template, context: int, completion: int, prompting: Prompting | None = None
 ) -> Dataset:
     """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), `problem`, `answer`, `source`, `kind`.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
     `prompting`, the examples and the instruction stand in the prompt.
     """
-    check_chat_template(tokenizer, data.template, model_path)
     rows = load_problems(data.sources)
     examples = load_examples(prompting) if prompting else []
     instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
     def convert(row: dict, index: int) -> dict:
-        prompt = make_prompt(data.template, row["problem"] + instruction, row["system"], examples)
-        ids = prompt_ids(tokenizer, prompt)
-        return {"prompt": prompt, "prompt_id": index, "prompt_ids": ids, "prompt_length": len(ids)}
+        prompt = template.prompt(row["problem"] + instruction, row["system"], examples)
+        ids, refusal = _prompt_ids(template, prompt)
+        made = {"prompt": prompt, "prompt_id": index, "prompt_ids": ids, "prompt_length": len(ids)}
+        return {**made, "refusal": refusal}
 
-    rows = rows.map(convert, with_indices=True, remove_columns=["system"], desc=None)
+    rows = _usable(rows.map(convert, with_indices=True, remove_columns=["system"], desc=None))
+    if examples and not template.holds(rows[0]["prompt"], [completion for _, completion in examples]):
+        raise UserError(
+            f"prompting.examples: the chat template of {template.model} drops a part of earlier replies, so that the "
+            "examples would not be shown whole.\nUse `data.template: r1_zero`, or `prompting.instruction`."
+        )
     fitting = rows.filter(lambda row: row["prompt_length"] + completion <= context)
     dropped = len(rows) - len(fitting)
     if dropped:
@@ -63,35 +63,56 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
     return [(row["messages"][-1]["content"], row["completion"]) for row in rows.select(range(prompting.shots))]
 
 
-def completion_dataset(
-    data: Data, tokenizer: PreTrainedTokenizerBase, model_path: str, max_length: int | None
-) -> Dataset:
-    """Rows with `prompt` and `completion` as TRL's SFTTrainer takes them.
+def completion_dataset(data: Data, template: Template, max_length: int | None) -> Dataset:
+    """Rows with `input_ids` and `completion_mask` (1 on the reply and what ends it), as TRL's SFTTrainer takes them.
 
-    A row of more than `max_length` tokens is dropped and counted: packing would cut it in two.
+    A row of more than `max_length` tokens is dropped and counted, since packing would cut it in two; so is one that
+    the chat template refuses. Raises `UserError` if none is left, or if the template keeps replies from thinking.
     """
-    check_chat_template(tokenizer, data.template, model_path)
     rows = load_conversations(data.sources)
+    if template.closes_thought and any("<think>" in completion for completion in rows["completion"]):
+        raise UserError(
+            f"data.template: replies of data.sources think, and the chat template of {template.model} ends the "
+            "thought in the prompt.\nSet the argument that lets it think in `model.chat_template_kwargs`."
+        )
 
     def convert(row: dict) -> dict:
-        if data.template == "r1_zero":
-            question = next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user")
-            prompt = make_prompt("r1_zero", question)
-            completion = f" {row['completion']}"
-            length = len(tokenizer(prompt + completion)["input_ids"]) + 1  # TRL ends the row with the EOS token
+        if template.name == "r1_zero":
+            prompt = template.prompt(next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user"))
         else:
-            prompt = row["messages"]
-            if data.template == "r1_zero_chat":
-                prompt = make_prompt(data.template, "")[:1] + [m for m in prompt if m["role"] != "system"]
-            completion = [{"role": "assistant", "content": row["completion"]}]
-            length = len(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"])
-        return {"prompt": prompt, "completion": completion, "length": length}
+            prompt = template.messages(row["messages"])
+        ids, refusal = _prompt_ids(template, prompt)
+        reply = template.reply_ids(row["completion"])
+        return {
+            "input_ids": ids + reply,
+            "completion_mask": [0] * len(ids) + [1] * len(reply),
+            "refusal": refusal,
+        }
 
-    rows = rows.map(convert, remove_columns=rows.column_names, desc=None)
-    fitting = rows if max_length is None else rows.filter(lambda row: row["length"] <= max_length)
-    dropped = len(rows) - len(fitting)
+    usable = _usable(rows.map(convert, remove_columns=rows.column_names, desc=None))
+    fitting = usable if max_length is None else usable.filter(lambda row: len(row["input_ids"]) <= max_length)
+    dropped = len(usable) - len(fitting)
     if dropped:
-        logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(rows), max_length)
+        logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(usable), max_length)
     if not len(fitting):
-        raise UserError(f"data.sources: none of the {len(rows)} rows fits into max_length = {max_length} tokens.")
-    return fitting.remove_columns("length")
+        raise UserError(f"data.sources: none of the {len(usable)} rows fits into max_length = {max_length} tokens.")
+    return fitting
+
+
+def _prompt_ids(template: Template, prompt: str | list[dict]) -> tuple[list[int], str | None]:
+    """The prompt's token ids, and why the chat template refuses it, if it does."""
+    try:
+        return template.prompt_ids(prompt), None
+    except TemplateError as error:
+        return [], str(error)
+
+
+def _usable(rows: Dataset) -> Dataset:
+    """The rows without a `refusal`; the others are counted. Raises `UserError` if none is left."""
+    refusals = [refusal for refusal in rows["refusal"] if refusal is not None]
+    if len(refusals) == len(rows):
+        raise UserError(f"data.sources: the chat template refuses all of the {len(rows)} rows: {refusals[0]}")
+    if refusals:
+        logger.warning("left out %d of %d rows: the chat template says: %s", len(refusals), len(rows), refusals[0])
+        rows = rows.filter(lambda refusal: refusal is None, input_columns="refusal")
+    return rows.remove_columns("refusal")

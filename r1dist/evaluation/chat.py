@@ -9,14 +9,14 @@ from transformers import TextStreamer, set_seed
 
 from ..adapters import load_model
 from ..config import ChatRun
-from ..data.templates import check_chat_template, make_prompt, prompt_ids
+from ..data.tags import TAGS
+from ..data.templates import Template, load_template
 from ..errors import UserError
-from ..models import load_tokenizer, model_path, stop_ids
+from ..models import model_path
 from ..rewards.math.accuracy import final_answer
 from ..run.process import set_up_process
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 HELP = "/fold hides the thinking or shows it, /new starts a new conversation, Ctrl-C stops a reply, Ctrl-D ends."
 
 
@@ -76,10 +76,10 @@ class Painter:
 
 
 class _Stream(TextStreamer):
-    """transformers' streamer, with its words given to `sink`."""
+    """transformers' streamer, which decodes by `template`, with its words given to `sink`."""
 
-    def __init__(self, tokenizer, sink: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, template: Template, sink: Callable[[str], None]):
+        super().__init__(template, skip_prompt=True)  # type: ignore[arg-type]  # of a tokenizer it uses `decode` alone
         self.sink = sink
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -91,35 +91,33 @@ class Chat:
 
     def __init__(self, run: ChatRun):
         self.run = run
-        self.tokenizer = load_tokenizer(run.model)
-        check_chat_template(self.tokenizer, run.template, run.model.path)
+        self.template = load_template(run.model, run.template)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, run.model.dtype)
         self.model = load_model(model_path(run.model), dtype=dtype).to(device).eval()
-        self.stops = stop_ids(run.model, self.tokenizer)
         self.turns: list[tuple[str, str]] = []
 
     def reply(self, question: str, sink: Callable[[str], None]) -> str:
         """Answer `question`, each word given to `sink` as it comes. Raises `UserError` if the context is full."""
-        prompt = make_prompt(self.run.template, question, examples=self.turns)
-        ids = prompt_ids(self.tokenizer, prompt)
+        ids = self.template.prompt_ids(self.template.prompt(question, examples=self.turns))
         room = self.model.config.max_position_embeddings - len(ids)
         if room < 1:
             raise UserError("the conversation is longer than the model's context; /new begins another.")
         sampled = self.run.temperature > 0
         how = {"temperature": self.run.temperature, "top_p": self.run.top_p} if sampled else {}
+        sink(self.template.opening)
         inputs = torch.tensor([ids], device=self.model.device)
         output = self.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             do_sample=sampled,
             max_new_tokens=min(room, self.run.max_tokens or room),
-            eos_token_id=self.stops,
-            pad_token_id=self.tokenizer.pad_token_id,
-            streamer=_Stream(self.tokenizer, sink),
+            eos_token_id=self.template.stop_ids,
+            pad_token_id=self.template.tokenizer.pad_token_id,
+            streamer=_Stream(self.template, sink),
             **how,
         )
-        text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        text = self.template.text(output[0, len(ids) :].tolist())
         self.turns.append((question, final_answer(text).strip()))
         return text
 

@@ -2,15 +2,14 @@
 
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from ..data.templates import prompt_ids
+from ..data.templates import Template
 from ..generation.engine import Engine, Request, Rollout, Sampling, generate, sample_seed
 
 
 def complete(
     engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     dataset: Dataset,
     sampling: Sampling,
     samples: int,
@@ -19,9 +18,8 @@ def complete(
 ) -> tuple[list[Rollout], list[str]]:
     """`samples` rollouts for each row, one row after another, and their texts."""
     requests = [
-        Request(ids, row["prompt_id"], index, sample_seed(seed, 0, row["prompt_id"], index))
+        Request(row["prompt_ids"], row["prompt_id"], index, sample_seed(seed, 0, row["prompt_id"], index))
         for row in dataset
-        for ids in [prompt_ids(tokenizer, row["prompt"])]
         for index in range(samples)
     ]
     name = "greedy" if sampling.temperature == 0 else f"sampled at T={sampling.temperature:g}"
@@ -30,7 +28,7 @@ def complete(
         for begin in range(0, len(requests), batch_size):
             rollouts += generate(engine, requests[begin : begin + batch_size], sampling)
             progress.update(min(batch_size, len(requests) - begin))
-    return rollouts, tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
+    return rollouts, [template.text(rollout.token_ids) for rollout in rollouts]
 
 
 def with_texts(rows: list[dict], texts: list[str]) -> list[dict]:

@@ -7,15 +7,15 @@ from pathlib import Path
 from statistics import fmean
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from ..config import EvaluateRun
 from ..data.prompts import prompt_dataset
+from ..data.templates import Template, load_template
 from ..errors import UserError
 from ..files import write_json
 from ..generation.engine import Rollout, Sampling
 from ..generation.local import InProcessEngine, load_engine
-from ..models import load_model_config, load_tokenizer
+from ..models import load_model_config
 from ..rewards import VERIFIERS
 from ..rewards.format import has_format
 from ..rewards.language import language_share
@@ -53,18 +53,18 @@ def evaluate(run: EvaluateRun) -> dict:
     """The scores: `greedy`, `sampled` and, if asked for, `requests`; written to `run.output` if that is set,
     together with the greedy completions."""
     set_up_process()
-    tokenizer = load_tokenizer(run.model)
+    template = load_template(run.model, run.data.template)
     context = load_model_config(run.model).max_position_embeddings
-    dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, run.sampling.max_tokens)
-    engine = load_engine(run.model, tokenizer, run.batch_size)
+    dataset = prompt_dataset(run.data, template, context, run.sampling.max_tokens)
+    engine = load_engine(run.model, template, run.batch_size)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
     with Pool(VERIFIERS, run.verify) as pool:
-        scores, completions = measure(run, engine, tokenizer, dataset, greedy, 1, pool)
+        scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)
         result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
-        result["sampled"] = asdict(measure(run, engine, tokenizer, dataset, sampled, run.sampling.samples, pool)[0])
+        result["sampled"] = asdict(measure(run, engine, template, dataset, sampled, run.sampling.samples, pool)[0])
     if run.requests is not None:
-        replies, more = measure_requests(run, engine, tokenizer, context)
+        replies, more = measure_requests(run, engine, template, context)
         result["requests"] = asdict(replies)
         completions += more
     if run.output:
@@ -84,14 +84,14 @@ def completions_path(output: Path) -> Path:
 def measure(
     run: EvaluateRun,
     engine: InProcessEngine,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     dataset: Dataset,
     sampling: Sampling,
     samples: int,
     pool: Pool,
 ) -> tuple[Scores, list[dict]]:
     """Generate `samples` completions for each problem and score them; the completions come second."""
-    rollouts, texts = complete(engine, tokenizer, dataset, sampling, samples, run.seed, run.batch_size)
+    rollouts, texts = complete(engine, template, dataset, sampling, samples, run.seed, run.batch_size)
     rows = [row for row in dataset for _ in range(samples)]
     right = pool.scores("accuracy", texts, rows)
     return _scores(rollouts, texts, right, samples, run.target_language), with_texts(rows, texts)

@@ -4,10 +4,9 @@ import re
 from dataclasses import dataclass
 from statistics import fmean
 
-from transformers import PreTrainedTokenizerBase
-
 from ..config import Data, EvaluateRun
 from ..data.prompts import prompt_dataset
+from ..data.templates import Template
 from ..generation.engine import Engine, Sampling
 from ..rewards.math.accuracy import final_answer
 from ..rewards.model import ModelReward
@@ -38,14 +37,14 @@ class RequestScores:
 
 
 def measure_requests(
-    run: EvaluateRun, engine: Engine, tokenizer: PreTrainedTokenizerBase, context: int
+    run: EvaluateRun, engine: Engine, template: Template, context: int
 ) -> tuple[RequestScores, list[dict]]:
     """Answer `run.requests` greedily and score the replies; the completions come second."""
     wanted = run.requests
     data = Data(sources=wanted.sources, template=run.data.template)
-    rows = prompt_dataset(data, tokenizer, run.model.path, context, wanted.max_tokens)
+    rows = prompt_dataset(data, template, context, wanted.max_tokens)
     greedy = Sampling(wanted.max_tokens, temperature=0)
-    rollouts, texts = complete(engine, tokenizer, rows, greedy, 1, run.seed, run.batch_size)
+    rollouts, texts = complete(engine, template, rows, greedy, 1, run.seed, run.batch_size)
     replies = [final_answer(text).strip() for text in texts]
     declines = [bool(re.search(wanted.declines, reply, re.IGNORECASE)) for reply in replies]
     harmless = [place for place, row in enumerate(rows) if row["kind"] != UNSAFE]

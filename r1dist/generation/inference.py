@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from ..config import Model
 from ..config import Rollout as RolloutSettings
-from ..models import stop_ids, weights_path
+from ..data.templates import Template
+from ..models import weights_path
 from .engine import Engine
 from .local import load_engine
 from .vllm.start import connect_fixed, start_managed
@@ -16,7 +15,7 @@ from .vllm.start import connect_fixed, start_managed
 
 @contextmanager
 def fixed_engine(
-    rollout: RolloutSettings, model: Model, tokenizer: PreTrainedTokenizerBase, tokens: int, folder: Path
+    rollout: RolloutSettings, model: Model, template: Template, tokens: int, folder: Path
 ) -> Iterator[Engine]:
     """The engine that `rollout` asks for, with `model`'s own weights; managed servers end with the context.
 
@@ -25,12 +24,12 @@ def fixed_engine(
         folder: Where managed servers leave their logs.
     """
     if rollout.engine == "transformers":
-        yield load_engine(model, tokenizer, rollout.batch_size)
+        yield load_engine(model, template, rollout.batch_size)
         return
     managed = rollout.servers == "managed"
     servers = start_managed(rollout, weights_path(model), model.dtype, tokens, folder, trainers=0) if managed else None
     try:
-        engine = connect_fixed(rollout, folder, stop_ids(model, tokenizer))
+        engine = connect_fixed(rollout, folder, template.stop_ids)
         try:
             yield engine
         finally:

@@ -17,7 +17,6 @@ from transformers import (
     MinPLogitsWarper,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -27,7 +26,8 @@ from transformers.cache_utils import DynamicLayer
 
 from ..adapters import load_model
 from ..config import Model
-from ..models import model_path, stop_ids
+from ..data.templates import Template
+from ..models import model_path
 from .engine import Request, Rollout, Sampling
 
 # Noise is drawn for several positions at once where the vocabulary is small: a call for every row and
@@ -213,7 +213,7 @@ class InProcessEngine:
         return Rollout(request, ids, logprobs, reason, self.version)
 
 
-def load_engine(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> InProcessEngine:
+def load_engine(model: Model, template: Template, batch_size: int) -> InProcessEngine:
     """The engine over `model`, loaded for nothing but to generate, on the GPU if there is one."""
     loaded = load_model(
         model_path(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attn_implementation
@@ -224,7 +224,7 @@ def load_engine(model: Model, tokenizer: PreTrainedTokenizerBase, batch_size: in
     def unwrapped():
         yield loaded
 
-    return InProcessEngine(unwrapped, stop_ids(model, tokenizer), tokenizer.pad_token_id, batch_size)
+    return InProcessEngine(unwrapped, template.stop_ids, template.tokenizer.pad_token_id, batch_size)
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

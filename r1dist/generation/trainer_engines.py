@@ -35,7 +35,8 @@ def local_engine(batch_size: int, trainer: trl.GRPOTrainer) -> InProcessEngine:
             gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         )
 
-    return InProcessEngine(unwrapped, trainer.eos_token_ids, trainer.processing_class.pad_token_id, batch_size)
+    template = trainer.template
+    return InProcessEngine(unwrapped, template.stop_ids, template.tokenizer.pad_token_id, batch_size)
 
 
 def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], trainer: trl.GRPOTrainer) -> Engine:
@@ -55,7 +56,7 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         score=score,
         probe=probe,
         probe_tokens=min(PROBE_TOKENS, trainer.max_completion_length - 1),
-        stop_ids=trainer.eos_token_ids,
+        stop_ids=trainer.template.stop_ids,
         rank=accelerator.process_index,
         broadcast=lambda value: broadcast_object_list([value])[0],
     )

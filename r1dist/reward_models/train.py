@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     set_seed,
 )
@@ -26,11 +25,11 @@ from ..adapters import lora_config, save_trained
 from ..config import RewardModelRun
 from ..config.trl_fields import trl_value
 from ..data.sources import load_labels, load_pairs
-from ..data.templates import check_chat_template
+from ..data.templates import Template, load_template
 from ..errors import UserError
 from ..evaluation.intervals import clustered_interval
 from ..files import write_json
-from ..models import check_lora, load_tokenizer, model_init_kwargs, weights_path
+from ..models import check_lora, model_init_kwargs, weights_path
 from ..rewards.model import ModelReward, conversation_ids
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
@@ -63,11 +62,11 @@ class LabelTrainer(ResumableTrainer, Trainer):
 def train(run: RewardModelRun) -> None:
     """Train from `run.model`, save the model into `output_dir` and measure it on `run.holdout`."""
     set_up_process()
-    tokenizer = load_tokenizer(run.model)
-    check_chat_template(tokenizer, "chat", run.model.path)
+    template = load_template(run.model, "chat")
+    tokenizer = template.tokenizer
     check_lora(run.model, "SEQ_CLS")
     pairwise = run.loss == "pairwise"
-    dataset = (pair_dataset if pairwise else label_dataset)(run, tokenizer)
+    dataset = (pair_dataset if pairwise else label_dataset)(run, template)
     weights = weights_path(run.model)
     arguments = trl_arguments(
         trl.RewardConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model)
@@ -79,7 +78,7 @@ def train(run: RewardModelRun) -> None:
             trainer = PairTrainer(model=weights, peft_config=lora_config(run.model.lora, "SEQ_CLS"), **common)
         else:
             collator = DataCollatorWithPadding(tokenizer)
-            trainer = LabelTrainer(model=new_classifier(run, tokenizer), data_collator=collator, **common)
+            trainer = LabelTrainer(model=new_classifier(run, tokenizer.pad_token_id), data_collator=collator, **common)
         show_progress(trainer, COLUMNS)
         trainer.train(resume_from_checkpoint=checkpoint)
         save_trained(trainer, run.model, "SEQ_CLS")
@@ -104,23 +103,23 @@ def measure(run: RewardModelRun) -> Scores:
     return Scores(len(right), fmean(right), clustered_interval(right))
 
 
-def pair_dataset(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def pair_dataset(run: RewardModelRun, template: Template) -> Dataset:
     """`chosen_ids` and `rejected_ids`, as TRL takes them."""
 
     def convert(row: dict) -> dict:
         return {
-            f"{name}_ids": conversation_ids(tokenizer, row["problem"], row[name]) for name in ("chosen", "rejected")
+            f"{name}_ids": conversation_ids(template, row["problem"], row[name]) for name in ("chosen", "rejected")
         }
 
     rows = load_pairs(run.sources)
     return _fitting(run, rows.map(convert, remove_columns=rows.column_names, desc=None))
 
 
-def label_dataset(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def label_dataset(run: RewardModelRun, template: Template) -> Dataset:
     """`input_ids` and `labels`, a list of one number."""
 
     def convert(row: dict) -> dict:
-        ids = conversation_ids(tokenizer, row["problem"], row["completion"])
+        ids = conversation_ids(template, row["problem"], row["completion"])
         return {"input_ids": ids, "labels": [float(row["label"])]}
 
     rows = load_labels(run.sources)
@@ -140,7 +139,7 @@ def _fitting(run: RewardModelRun, rows: Dataset) -> Dataset:
     return fitting
 
 
-def new_classifier(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Any:
+def new_classifier(run: RewardModelRun, pad_token_id: int) -> Any:
     """`run.model` with a head of one logit, drawn by the run's seed as TRL does for pairs, and with its adapters."""
     set_seed(trl_value(run, "seed"))
     with suppress_seqcls_warning():
@@ -148,7 +147,7 @@ def new_classifier(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> A
             weights_path(run.model),
             num_labels=1,
             problem_type="multi_label_classification",  # transformers' name for cross-entropy on each logit
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_token_id,
             **model_init_kwargs(run.model),
         )
     return model if run.model.lora is None else _adapted(run, model)

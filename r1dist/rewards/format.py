@@ -2,9 +2,10 @@
 
 import re
 
+from ..data.tags import TAGS
+
 # \A and \Z rather than ^ and $: nothing may stand before <think> or after </answer>, not even on another line.
 STRUCTURE = re.compile(r"\A\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*\Z", re.DOTALL)
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def has_format(completion: str) -> bool:

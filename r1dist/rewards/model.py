@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from ..adapters import CONFIG, load_model, path_with
+from ..data.templates import Template
 from ..errors import UserError
 from .math.accuracy import final_answer
 
@@ -22,10 +23,9 @@ def judged_part(name: str, completion: str) -> str:
     return final_answer(completion).strip() if name == "helpfulness" else completion
 
 
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, problem: str, reply: str) -> list[int]:
+def conversation_ids(template: Template, problem: str, reply: str) -> list[int]:
     """The token ids of a question and its reply, as reward models are trained on and asked with."""
-    turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": reply}]
-    return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    return template.prompt_ids(template.prompt(problem)) + template.reply_ids(reply)
 
 
 class ModelReward:
@@ -42,6 +42,7 @@ class ModelReward:
             raise UserError(f"rewards.{name}.model: {folder} holds no reward model; launch/reward_model.py makes one.")
         self.name = name
         self.tokenizer = AutoTokenizer.from_pretrained(path_with("tokenizer_config.json", folder))
+        self.template = Template(self.tokenizer, "chat", folder)
         pad = self.tokenizer.pad_token_id  # adapters leave it to be set, with the number of labels
         self.model = load_model(folder, "SEQ_CLS", num_labels=1, pad_token_id=pad, dtype=torch.float32).eval()
         if torch.cuda.is_available():
@@ -50,7 +51,7 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, texts: list[str], rows: list[dict]) -> list[float]:
         ids = [
-            conversation_ids(self.tokenizer, row["problem"], judged_part(self.name, text))
+            conversation_ids(self.template, row["problem"], judged_part(self.name, text))
             for text, row in zip(texts, rows, strict=True)
         ]
         # Of like length together: less padding.

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import trl
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import nanstd
 
+from ..data.templates import Template
 from ..errors import VerifiersBroken
 from ..generation.engine import Engine, Rollout, RolloutId, Sampling
 from ..generation.lookahead import Generation
@@ -39,22 +39,20 @@ class RolloutPipeline:
 
     Args:
         config: TRL's: sampling, `scale_rewards`, `mask_truncated_completions`.
-        stop_ids: Token ids that end a completion.
         dynamic_sampling: Times at most that groups whose rewards are all equal are replaced.
         max_staleness: Generations that the engine may be ahead of the training.
         traces: Where rollouts are written; None writes none.
     """
 
     def __init__(
-        self, engine: Engine, prompts: Prompts, rewards: Rewards, tokenizer: PreTrainedTokenizerBase,
-        config: trl.GRPOConfig, stop_ids: list[int], dynamic_sampling: int, max_staleness: int, reporting: Reporting,
-        traces: TraceWriter | None,
+        self, engine: Engine, prompts: Prompts, rewards: Rewards, template: Template, config: trl.GRPOConfig,
+        dynamic_sampling: int, max_staleness: int, reporting: Reporting, traces: TraceWriter | None,
     ):  # fmt: skip
         self.prompts = prompts
         self.rewards = rewards
-        self.tokenizer = tokenizer
+        self.template = template
         self.config = config
-        self.stop_ids = stop_ids
+        self.stop_ids = {*template.stop_ids, template.tokenizer.pad_token_id}
         self.dynamic_sampling = dynamic_sampling
         self.log, self.heartbeat, self.clock = reporting.log, reporting.heartbeat, reporting.clock
         self.traces = traces
@@ -92,7 +90,7 @@ class RolloutPipeline:
     def _begin_verification(self, generation: Generation, place: int, rollout: Rollout) -> None:
         """Of a rollout that has arrived, while others are still generated."""
         self.heartbeat()
-        text = self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+        text = self.template.text(rollout.token_ids)
         generation.texts[place] = text
         self.rewards.begin(generation.rollout_id(place), generation.step, text, generation.rows[place])
 

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 import trl
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from ..adapters import lora_config, save_trained
 from ..config import GRPORun
 from ..config.trl_fields import trl_value
 from ..data.prompts import prompt_dataset
+from ..data.templates import Template, load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
 from ..generation.trainer_engines import local_engine, managed_servers, server_engine
-from ..models import check_lora, load_model_config, load_tokenizer, model_init_kwargs, weights_path
+from ..models import check_lora, load_model_config, model_init_kwargs, weights_path
 from ..rewards import VERIFIERS, Rewards
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
@@ -45,14 +45,14 @@ def train(run: GRPORun) -> None:
 def _train(run: GRPORun, rewards: Rewards) -> None:
     # Before TRL's arguments: once they have set transformers up for ZeRO-3, what is merged here would be sharded.
     weights_path(run.model)
-    tokenizer = load_tokenizer(run.model)
+    template = load_template(run.model, run.data.template)
     context = load_model_config(run.model).max_position_embeddings
-    dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, trl_value(run, "max_completion_length"))
+    dataset = prompt_dataset(run.data, template, context, trl_value(run, "max_completion_length"))
     arguments = grpo_arguments(run)
     dtype = computing_dtype(arguments, run.model.dtype)
     longest = max(dataset["prompt_length"]) + arguments.max_completion_length
     with run_folder(run, "grpo") as checkpoint, managed_servers(run, dtype, longest, arguments.process_index):
-        trainer = build_trainer(run, arguments, tokenizer, dataset, rewards)
+        trainer = build_trainer(run, arguments, template, dataset, rewards)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except (RolloutsLost, VerifiersBroken) as error:
@@ -70,7 +70,7 @@ def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
 
 
 def build_trainer(
-    run: GRPORun, arguments: trl.GRPOConfig, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, rewards: Rewards
+    run: GRPORun, arguments: trl.GRPOConfig, template: Template, dataset: Dataset, rewards: Rewards
 ) -> GRPOTrainer:
     """The trainer of `run`, ready to train. Raises `UserError` for what this machine cannot do."""
     if run.train.activation_offload and not torch.cuda.is_available():
@@ -84,13 +84,13 @@ def build_trainer(
     trainer = GRPOTrainer(
         make_engine=make_engine,
         rewards=rewards,
+        template=template,
         settings=run.train,
         max_staleness=run.rollout.max_staleness,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
         model=weights_path(run.model),
         args=arguments,
         train_dataset=dataset,
-        processing_class=tokenizer,
         peft_config=lora_config(run.model.lora),
     )
     show_progress(trainer, COLUMNS)

@@ -20,6 +20,7 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 from ..config import TrainRL
 from ..data.curriculum import filter_by_pass_rate, pass_rates
 from ..data.order import PromptOrder
+from ..data.templates import Template
 from ..generation.engine import Engine
 from ..generation.local import InProcessEngine
 from ..generation.traces import TraceWriter
@@ -44,6 +45,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
     Args:
         make_engine: Builds the engine from this trainer, once TRL has prepared the model.
         rewards: Scores rollouts.
+        template: Of the prompts; its tokenizer is TRL's `processing_class`.
         settings: The YAML's `train`.
         max_staleness: The YAML's `rollout.max_staleness`.
         traces: Where rollouts are written; None writes none.
@@ -51,12 +53,14 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
     """
 
     def __init__(
-        self, *, make_engine: Callable[["GRPOTrainer"], Engine], rewards: Rewards, settings: TrainRL,
-        max_staleness: int = 0, traces: TraceWriter | None = None, **kwargs,
+        self, *, make_engine: Callable[["GRPOTrainer"], Engine], rewards: Rewards, template: Template,
+        settings: TrainRL, max_staleness: int = 0, traces: TraceWriter | None = None, **kwargs,
     ):  # fmt: skip
         # TRL wants reward functions; what would call them is not used.
-        super().__init__(reward_funcs=[rewards.score], stall_timeout=settings.stall_timeout, **kwargs)
-        self.rewards, self.settings, self.max_staleness, self.traces = rewards, settings, max_staleness, traces
+        kwargs |= {"reward_funcs": [rewards.score], "processing_class": template.tokenizer}
+        super().__init__(stall_timeout=settings.stall_timeout, **kwargs)
+        self.rewards, self.template, self.settings = rewards, template, settings
+        self.max_staleness, self.traces = max_staleness, traces
         self.clock, self.step_metrics = PhaseClock(), StepMetrics()
         self.engine = make_engine(self)
         self.offload = get_act_offloading_ctx_manager(self.model) if settings.activation_offload else nullcontext()
@@ -169,11 +173,9 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
             self.train_dataset, self.order, self.schedule, self.state.max_steps, self.num_generations, rollouts,
             self.args.seed, self.args.process_index, self.args.world_size,
         )  # fmt: skip
-        stop_ids = [*self.eos_token_ids, self.processing_class.pad_token_id]
         self.pipeline = RolloutPipeline(
-            self.engine, prompts, self.rewards, self.processing_class, self.args, stop_ids,
-            self.settings.dynamic_sampling, self.max_staleness,
-            Reporting(self.log_value, self.watchdog.heartbeat, self.clock), self.traces,
+            self.engine, prompts, self.rewards, self.template, self.args, self.settings.dynamic_sampling,
+            self.max_staleness, Reporting(self.log_value, self.watchdog.heartbeat, self.clock), self.traces,
         )  # fmt: skip
         self.micro_step = self.schedule.micro_step_at(self.state.global_step)
         if all(gather_object([self.batch is not None])):

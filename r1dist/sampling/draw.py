@@ -14,15 +14,14 @@ from pathlib import Path
 
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..config import Generator, SampleRun
 from ..data.prompts import prompt_dataset
-from ..data.templates import prompt_ids
+from ..data.templates import Template, load_template
 from ..files import append_lines
 from ..generation.engine import Engine, Request, Rollout, Sampling, sample_seed
 from ..generation.inference import fixed_engine
-from ..models import load_model_config, load_tokenizer
+from ..models import load_model_config
 from ..rewards.pool import Pool
 from .shards import claim, shards
 
@@ -32,28 +31,26 @@ logger = logging.getLogger(__name__)
 def draw(run: SampleRun, number: int, folder: Path, pool: Pool) -> list[Path]:
     """Complete the journals of `run.generators[number]` in `folder`, and return them; `pool` verifies."""
     generator = run.generators[number]
-    tokenizer = load_tokenizer(generator.model)
-    prompts = generator_prompts(generator, tokenizer)
+    template = load_template(generator.model, generator.data.template)
+    prompts = generator_prompts(generator, template)
     parts = shards(folder, generator.name, len(prompts), run.shard)
-    longest = max(prompts["prompt_length"]) + _room(generator, tokenizer)
+    longest = max(prompts["prompt_length"]) + _room(generator, template)
     with ExitStack() as stack:
         engine = None
         for shard, done in claim(parts):
             if engine is None:  # where nothing is missing, no model is loaded
                 logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder
-                engine = stack.enter_context(fixed_engine(run.rollout, generator.model, tokenizer, longest, logs))
+                engine = stack.enter_context(fixed_engine(run.rollout, generator.model, template, longest, logs))
             asked = prompts.select(range(shard.begin, shard.end))
             logger.info("%s: %d of %d prompts to go", shard.journal.stem, len(asked) - len(done), len(asked))
-            fill(run, number, asked, engine, tokenizer, shard.journal, done, pool)
+            fill(run, number, asked, engine, template, shard.journal, done, pool)
     return [shard.journal for shard in parts]
 
 
-def generator_prompts(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def generator_prompts(generator: Generator, template: Template) -> Dataset:
     """What `generator` asks."""
     context = load_model_config(generator.model).max_position_embeddings
-    return prompt_dataset(
-        generator.data, tokenizer, generator.model.path, context, _room(generator, tokenizer), generator.prompting
-    )
+    return prompt_dataset(generator.data, template, context, _room(generator, template), generator.prompting)
 
 
 def fill(
@@ -61,7 +58,7 @@ def fill(
     number: int,
     prompts: Dataset,
     engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     journal: Path,
     done: set[int],
     pool: Pool,
@@ -73,34 +70,32 @@ def fill(
     with tqdm(total=total, desc=generator.name, unit="sample", leave=False) as progress:
         for batch in _batches(run, generator, prompts, done):
             rows = {row["prompt_id"]: row for row in batch}
-            for rollouts in _groups(engine, requests_of(run, number, batch, tokenizer), generator):
+            for rollouts in _groups(engine, requests_of(run, number, batch, template), generator):
                 row = rows[rollouts[0].request.prompt_id]
                 if row["prompt_id"] not in done:
-                    append_lines(journal, [_line(row, rollouts, generator.prompting.prefill, tokenizer, pool)])
+                    append_lines(journal, [_line(row, rollouts, generator.prompting.prefill, template, pool)])
                     progress.update(samples)
 
 
-def requests_of(
-    run: SampleRun, number: int, rows: Iterable[dict], tokenizer: PreTrainedTokenizerBase
-) -> list[Request]:
+def requests_of(run: SampleRun, number: int, rows: Iterable[dict], template: Template) -> list[Request]:
     """All samples of `rows`, as `run.generators[number]` asks for them."""
     generator = run.generators[number]
-    prefill = _prefill(generator, tokenizer)
+    prefill = template.prefill_ids(generator.prompting.prefill)
     return [
-        Request(ids + prefill, row["prompt_id"], index, sample_seed(run.seed, number, row["prompt_id"], index))
+        Request(
+            row["prompt_ids"] + prefill,
+            row["prompt_id"],
+            index,
+            sample_seed(run.seed, number, row["prompt_id"], index),
+        )
         for row in rows
-        for ids in [prompt_ids(tokenizer, row["prompt"])]
         for index in range(generator.sampling.samples)
     ]
 
 
-def _prefill(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(generator.prompting.prefill)["input_ids"] if generator.prompting.prefill else []
-
-
-def _room(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> int:
+def _room(generator: Generator, template: Template) -> int:
     """Tokens that the model must hold besides the prompt."""
-    return generator.sampling.max_tokens + len(_prefill(generator, tokenizer))
+    return generator.sampling.max_tokens + len(template.prefill_ids(generator.prompting.prefill))
 
 
 def _batches(run: SampleRun, generator: Generator, prompts: Dataset, done: set[int]) -> Iterator[list[dict]]:
@@ -130,9 +125,9 @@ def _groups(engine: Engine, requests: list[Request], generator: Generator) -> It
             yield sorted(groups.pop(rollout.request.prompt_id), key=lambda r: r.request.sample_index)
 
 
-def _line(row: dict, rollouts: list[Rollout], prefill: str, tokenizer: PreTrainedTokenizerBase, pool: Pool) -> dict:
-    texts = tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
-    texts = [prefill + text for text in texts]
+def _line(row: dict, rollouts: list[Rollout], prefill: str, template: Template, pool: Pool) -> dict:
+    begun = template.opening + template.after_opening(prefill)
+    texts = [begun + template.decode(rollout.token_ids) for rollout in rollouts]
     right = pool.scores("accuracy", texts, [row] * len(texts))
     return {
         "prompt_id": row["prompt_id"],

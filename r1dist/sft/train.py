@@ -6,7 +6,8 @@ from ..adapters import lora_config, save_trained
 from ..config import SFTRun
 from ..config.trl_fields import trl_value
 from ..data.prompts import completion_dataset
-from ..models import check_lora, load_tokenizer, model_init_kwargs, weights_path
+from ..data.templates import load_template
+from ..models import check_lora, model_init_kwargs, weights_path
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
 from ..run.progress import show_progress
@@ -24,9 +25,9 @@ class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
 def train(run: SFTRun) -> None:
     """Fine-tune `run.model` and save it into `output_dir`."""
     set_up_process()
-    tokenizer = load_tokenizer(run.model)
+    template = load_template(run.model, run.data.template)
     check_lora(run.model)
-    dataset = completion_dataset(run.data, tokenizer, run.model.path, trl_value(run, "max_length"))
+    dataset = completion_dataset(run.data, template, trl_value(run, "max_length"))
     weights = weights_path(run.model)
     arguments = trl_arguments(
         trl.SFTConfig,
@@ -38,7 +39,7 @@ def train(run: SFTRun) -> None:
             model=weights,
             args=arguments,
             train_dataset=dataset,
-            processing_class=tokenizer,
+            processing_class=template.tokenizer,
             peft_config=lora_config(run.model.lora),
             stall_timeout=run.train.stall_timeout,
         )

@@ -18,7 +18,7 @@ from r1dist.config.loader import build
 from r1dist.errors import UserError
 from r1dist.generation.local import load_engine
 from r1dist.generation.vllm.start import plan_serve
-from r1dist.models import check_lora, load_model_config, load_tokenizer, stop_ids, weights_path
+from r1dist.models import check_lora, load_model_config, load_tokenizer, named_stop_ids, weights_path
 from r1dist.pipeline.manifest import digest
 from r1dist.reward_models import train as reward_models
 from r1dist.rewards.model import ModelReward, conversation_ids
@@ -101,18 +101,18 @@ def test_what_a_folder_of_adapters_does_not_bring_comes_from_the_base_model(tmp_
     base = Model(path="tiny")
     assert load_model_config(model).to_dict() == load_model_config(base).to_dict()
     assert load_tokenizer(model).chat_template == own.chat_template
-    assert stop_ids(model, own) == stop_ids(base, own)
+    assert named_stop_ids(model) == named_stop_ids(base)
     own.chat_template = "{{ 'another' }}"
     own.save_pretrained(folder)
     GenerationConfig(eos_token_id=77).save_pretrained(folder)
     assert load_tokenizer(model).chat_template == "{{ 'another' }}"
-    assert 77 in stop_ids(model, own) and 77 not in stop_ids(base, own)
+    assert 77 in named_stop_ids(model) and 77 not in named_stop_ids(base)
     assert AutoTokenizer.from_pretrained(merged_path(folder, "float32")).chat_template == "{{ 'another' }}"
 
 
-def test_engines_and_servers_get_the_merged_model(tmp_path, tokenizer):
+def test_engines_and_servers_get_the_merged_model(tmp_path, template):
     folder, adapted = adapters(tmp_path)
-    with load_engine(Model(path=folder), tokenizer, 4).unwrapped() as model, torch.no_grad():
+    with load_engine(Model(path=folder), template, 4).unwrapped() as model, torch.no_grad():
         assert torch.allclose(model(IDS).logits, adapted, rtol=1e-4, atol=1e-4)
     serve = build(ServeRun, {"model": {"path": folder}, "endpoints": "x"}, "test")
     assert plan_serve(dataclasses.replace(serve, dry_run=True))[0] == folder and not list(tmp_path.glob("merged-*"))
@@ -120,18 +120,20 @@ def test_engines_and_servers_get_the_merged_model(tmp_path, tokenizer):
     assert served == merged_path(folder, "float32") and AutoTokenizer.from_pretrained(served).chat_template
 
 
-def test_a_reward_models_adapters_bring_its_head(tmp_path, tokenizer):
+def test_a_reward_models_adapters_bring_its_head(tmp_path, template):
     folder, _ = adapters(
-        tmp_path, AutoModelForSequenceClassification, "SEQ_CLS", num_labels=1, pad_token_id=tokenizer.pad_token_id
+        tmp_path,
+        AutoModelForSequenceClassification,
+        "SEQ_CLS",
+        num_labels=1,
+        pad_token_id=template.tokenizer.pad_token_id,
     )
     rows = [{"problem": "Hello?"}, {"problem": "Say a long word, and another one."}]
     scores = ModelReward("safety", folder)(["Hello!", "No."], rows)
     # Without padding and without PEFT's merging.
     model = AutoModelForSequenceClassification.from_pretrained(BASE_DIR, num_labels=1, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder).eval()
-    ids = [
-        conversation_ids(tokenizer, row["problem"], text) for row, text in zip(rows, ("Hello!", "No."), strict=True)
-    ]
+    ids = [conversation_ids(template, row["problem"], text) for row, text in zip(rows, ("Hello!", "No."), strict=True)]
     with torch.no_grad():
         hidden = [model.base_model.model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in ids]
     head = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.score.weight"]

@@ -7,11 +7,11 @@ import pytest
 from conftest import GSM8K, ROOT
 from datasets import Dataset
 
-from r1dist.config import Data, GRPORun, SFTRun, Source
+from r1dist.config import Data, GRPORun, Model, SFTRun, Source
 from r1dist.config.loader import parse
 from r1dist.data.prompts import completion_dataset, prompt_dataset
 from r1dist.data.sources import load_conversations, load_problems
-from r1dist.data.templates import INSTRUCTION, check_chat_template
+from r1dist.data.templates import INSTRUCTION, load_template
 from r1dist.errors import UserError
 
 ROWS = [{"q": f"What is {n}+1?", "a": f"#### {n + 1}"} for n in range(10)]
@@ -86,37 +86,19 @@ def test_a_row_may_have_several_right_answers(tmp_path):
     assert load_problems(sources[1:])["answer"] == ["1"]
 
 
-def test_prompts_that_do_not_fit_are_dropped_and_counted(tmp_path, tokenizer, caplog):
+def test_prompts_that_do_not_fit_are_dropped_and_counted(tmp_path, template, caplog):
     rows = [*ROWS, {"q": "long " * 200, "a": "#### 1"}]
     source = Source(path=jsonl(tmp_path / "rows.jsonl", rows), problem="q", answer="a", answer_format="hashes")
     data = Data(sources=[source])
     with caplog.at_level(logging.WARNING):
-        prompts = prompt_dataset(data, tokenizer, "tiny", context=160, completion=60)
+        prompts = prompt_dataset(data, template, context=160, completion=60)
     assert len(prompts) == 10 and prompts["prompt_id"] == list(range(10))
     assert "dropped 1 of 11 prompts" in caplog.text
     with pytest.raises(UserError, match="none of the 11 prompts fits"):
-        prompt_dataset(data, tokenizer, "tiny", context=160, completion=159)
+        prompt_dataset(data, template, context=160, completion=159)
 
 
-def test_templates(tmp_path, tokenizer):
-    source = Source(path=jsonl(tmp_path / "rows.jsonl", ROWS), problem="q", answer="a", answer_format="hashes")
-
-    def first(template):
-        return prompt_dataset(Data(sources=[source], template=template), tokenizer, "tiny", 4096, 8)[0]["prompt"]
-
-    assert first("r1_zero") == f"{INSTRUCTION} User: What is 0+1?. Assistant:"
-    assert first("chat") == [{"role": "user", "content": "What is 0+1?"}]
-    assert first("r1_zero_chat")[0] == {"role": "system", "content": INSTRUCTION}
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    check_chat_template(tokenizer, "r1_zero", "m")
-    with pytest.raises(UserError, match=r"data.template `chat` needs a chat template, and the tokenizer of m"):
-        check_chat_template(tokenizer, "chat", "m")
-
-
-def test_conversations_of_stratos_shape(tmp_path, tokenizer, caplog):
+def test_conversations_of_stratos_shape(tmp_path, caplog):
     thought = "<|begin_of_thought|>{}<|end_of_thought|>\n\n<|begin_of_solution|>2<|end_of_solution|>"
     rows = [
         {"system": "s", "conversations": [{"from": "user", "value": "1+1"}, {"from": "assistant", "value": text}]}
@@ -124,11 +106,18 @@ def test_conversations_of_stratos_shape(tmp_path, tokenizer, caplog):
     ]
     run = parse(SFTRun, ["--config", str(ROOT / "configs/recipes/qwen2.5-0.5b/sft.yaml")])
     run.data.sources[0].path = jsonl(tmp_path / "rows.jsonl", rows)
+    template = load_template(Model(path="tiny"), run.data.template)
     with caplog.at_level(logging.WARNING):
-        dataset = completion_dataset(run.data, tokenizer, "tiny", max_length=400)
+        dataset = completion_dataset(run.data, template, max_length=400)
     assert "left out 1 of 4 rows" in caplog.text and "dropped 1 of 3 rows" in caplog.text
-    assert dataset["completion"][1] == [{"role": "assistant", "content": "<think>u</think>\n<answer>2</answer>"}]
-    assert [m["role"] for m in dataset[0]["prompt"]] == ["system", "user"]
+    row = dataset[1]
+    prompt = row["completion_mask"].index(1)
+    decode = template.tokenizer.decode
+    assert decode(row["input_ids"][prompt:]) == "<think>u</think>\n<answer>2</answer><|im_end|>\n"
+    assert (
+        f"system\n{INSTRUCTION}<|im_end|>" in decode(row["input_ids"][:prompt])
+        and min(row["completion_mask"][prompt:]) == 1
+    )
     assert load_conversations([Source(path="tiny", limit=5)])["completion"][0].startswith("<think>")
 
 

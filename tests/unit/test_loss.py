@@ -12,7 +12,6 @@ from r1dist.config import GRPORun
 from r1dist.config.loader import build
 from r1dist.data.prompts import prompt_dataset
 from r1dist.errors import UserError
-from r1dist.models import load_tokenizer
 from r1dist.rewards import Rewards
 from r1dist.rl.batch import MicroBatching, RolloutBatch, build_micro_batches, collate
 from r1dist.rl.logprobs import batch_logprobs, forward
@@ -96,7 +95,7 @@ def test_the_paper_preset_is_the_reports_objective(small_grpo):
 
 
 @pytest.fixture(scope="module")
-def trainer_of(tmp_path_factory, pool):
+def trainer_of(tmp_path_factory, pool, template):
     """A trainer by its TRL fields; each is made once."""
     made = {}
 
@@ -106,9 +105,8 @@ def trainer_of(tmp_path_factory, pool):
             tree = {**SMALL_GRPO, "output_dir": str(tmp_path_factory.mktemp("run")), **fields}
             tree |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
             run = build(GRPORun, {**tree, "max_completion_length": MAX_COMPLETION}, "test")
-            tokenizer = load_tokenizer(run.model)
-            dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, MAX_COMPLETION)
-            made[key] = build_trainer(run, grpo_arguments(run), tokenizer, dataset, Rewards(run.rewards, pool))
+            dataset = prompt_dataset(run.data, template, 512, MAX_COMPLETION)
+            made[key] = build_trainer(run, grpo_arguments(run), template, dataset, Rewards(run.rewards, pool))
             made[key].current_gradient_accumulation_steps = 4
         return made[key]
 

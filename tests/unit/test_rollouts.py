@@ -10,6 +10,7 @@ from trl.trainer.utils import RepeatSampler
 from r1dist.config import GRPORun, Reward
 from r1dist.config.loader import build
 from r1dist.data.order import PromptOrder
+from r1dist.data.templates import Template
 from r1dist.errors import UserError
 from r1dist.generation.engine import Rollout
 from r1dist.rewards import Rewards
@@ -67,7 +68,7 @@ class Scored(Rewards):
         return {"parity": [0.1 + (prompt % 2) * index for _, prompt, index in rollout_ids]}
 
 
-def pipeline_of(tokenizer, rewards, prompts=4, times=0, accumulation=1, dataset=PROMPTS, **fields):
+def pipeline_of(template, rewards, prompts=4, times=0, accumulation=1, dataset=PROMPTS, **fields):
     """Over `dataset` prompts, `prompts` of them to a generation, in their order; `accumulation` micro-steps a step."""
     rows = [{"prompt": f"p{p}", "prompt_ids": [p + 1], "prompt_id": p, "problem": f"p{p}"} for p in range(dataset)]
     order = PromptOrder(RepeatSampler(range(dataset), GROUP, prompts, 1, shuffle=False))
@@ -83,7 +84,7 @@ def pipeline_of(tokenizer, rewards, prompts=4, times=0, accumulation=1, dataset=
             traces.extend(rows)
 
     engine = Engine()
-    pipeline = RolloutPipeline(engine, source, rewards, tokenizer, config, [EOS], times, 0, reporting, Traces())
+    pipeline = RolloutPipeline(engine, source, rewards, template, config, times, 0, reporting, Traces())
     return pipeline, engine, notes, traces
 
 
@@ -91,10 +92,10 @@ def last(notes) -> dict:
     return dict(notes)
 
 
-def test_everything_belongs_to_its_rollout(tokenizer, pool):
+def test_everything_belongs_to_its_rollout(template, pool):
     """Tokens, text, rewards, advantage and trace row, although rollouts arrive in any order."""
     rewards = Rewards({"accuracy": Reward(), "overlong": Reward(max_tokens=6, cache_tokens=6)}, pool)
-    pipeline, engine, notes, traces = pipeline_of(tokenizer, rewards)
+    pipeline, engine, notes, traces = pipeline_of(template, rewards)
     rows = pipeline.prompts.dataset.add_column("answer", ["1"] * PROMPTS).add_column("kind", ["math"] * PROMPTS)
     object.__setattr__(pipeline.prompts, "dataset", rows)
     batch = pipeline.next_batch(0)
@@ -103,7 +104,7 @@ def test_everything_belongs_to_its_rollout(tokenizer, pool):
     for place, (_, prompt, index) in enumerate(batch.rollout_ids):
         ids = batch.completion_ids[place].tolist()
         assert batch.prompt_ids[place].tolist() == [prompt + 1]
-        assert batch.texts[place] == tokenizer.decode(ids, skip_special_tokens=True)
+        assert batch.texts[place] == template.decode(ids)
         assert batch.rewards["overlong"][place] == pytest.approx(-len(ids) / 6)
         row = traces[place]
         assert (row.prompt_id, row.sample_index, row.completion_tokens) == (prompt, index, len(ids))
@@ -114,21 +115,21 @@ def test_everything_belongs_to_its_rollout(tokenizer, pool):
     assert pipeline.next_batch(1).policy_versions == [1] * 8 and engine.synced == [0, 1]
 
 
-def test_each_completion_is_decoded_once(tokenizer, pool):
+def test_each_completion_is_decoded_once(template, pool, monkeypatch):
     decoded = []
 
-    class Once:
-        def decode(self, ids, skip_special_tokens):
-            decoded.append(ids)
-            return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(ids):
+        decoded.append(ids)
+        return Template.decode(template, ids)
 
-    pipeline, *_ = pipeline_of(Once(), Scored(pool))
+    monkeypatch.setattr(template, "decode", decode)
+    pipeline, *_ = pipeline_of(template, Scored(pool))
     assert len(decoded) == 0 and len(pipeline.next_batch(0)) == 8 == len(decoded)
 
 
-def test_rollouts_that_were_cut_off_may_count_for_nothing(tokenizer, pool):
+def test_rollouts_that_were_cut_off_may_count_for_nothing(template, pool):
     whole, masked = (
-        pipeline_of(tokenizer, Scored(pool), mask_truncated_completions=on)[0].next_batch(0) for on in (False, True)
+        pipeline_of(template, Scored(pool), mask_truncated_completions=on)[0].next_batch(0) for on in (False, True)
     )
     cut = [ids[-1] != EOS for ids in whole.completion_ids]
     assert any(cut) and whole.counts == [True] * 8 and masked.counts == [not x for x in cut]
@@ -138,9 +139,9 @@ def test_rollouts_that_were_cut_off_may_count_for_nothing(tokenizer, pool):
     assert masked.loss_tokens == sum(len(ids) for x, ids in zip(cut, whole.completion_ids, strict=True) if not x)
 
 
-def test_groups_of_equal_rewards_are_replaced_and_the_others_kept(tokenizer, pool):
+def test_groups_of_equal_rewards_are_replaced_and_the_others_kept(template, pool):
     """All rewards of a group are 0.1, whose float32 mean is another number."""
-    pipeline, engine, notes, traces = pipeline_of(tokenizer, Scored(pool), times=9)
+    pipeline, engine, notes, traces = pipeline_of(template, Scored(pool), times=9)
     batch = pipeline.next_batch(0)
     prompts = [prompt for _, prompt, _ in batch.rollout_ids]
     assert prompts[2:4] == [1, 1] and prompts[6:8] == [3, 3]
@@ -154,29 +155,29 @@ def test_groups_of_equal_rewards_are_replaced_and_the_others_kept(tokenizer, poo
     assert len(traces) == 8 + len(later) * GROUP and engine.ended == 1
 
 
-def test_only_as_often_as_allowed_and_only_as_many_as_are_lacking(tokenizer, pool):
-    pipeline, engine, notes, _ = pipeline_of(tokenizer, Scored(pool), prompts=3, times=1)
+def test_only_as_often_as_allowed_and_only_as_many_as_are_lacking(template, pool):
+    pipeline, engine, notes, _ = pipeline_of(template, Scored(pool), prompts=3, times=1)
     pipeline.next_batch(0)  # prompts 0, 1, 2
     assert [len(asked) for asked in engine.asked] == [3, 2]
     useful = sum(p % 2 for p in engine.asked[1])
     assert last(notes)["dynamic_sampling/remaining"] == pytest.approx((2 - useful) / 3)
 
 
-def test_nothing_happens_where_no_prompt_is_left(tokenizer, pool):
-    pipeline, engine, notes, _ = pipeline_of(tokenizer, Scored(pool), prompts=4, dataset=4, times=5)
+def test_nothing_happens_where_no_prompt_is_left(template, pool):
+    pipeline, engine, notes, _ = pipeline_of(template, Scored(pool), prompts=4, dataset=4, times=5)
     batch = pipeline.next_batch(0)
     assert len(engine.asked) == 1 and last(notes)["dynamic_sampling/remaining"] == 0.5
     assert batch.rollout_ids[0] == (0, 0, 0)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_no_prompt_of_the_optimizer_step_is_drawn_again(tokenizer, pool, resumed):
+def test_no_prompt_of_the_optimizer_step_is_drawn_again(template, pool, resumed):
     """Two generations to a step: in both, the same prompt would have the same seeds."""
     given = dict(prompts=3, times=9, accumulation=2)
-    pipeline, engine, *_ = pipeline_of(tokenizer, Scored(pool), **given)
+    pipeline, engine, *_ = pipeline_of(template, Scored(pool), **given)
     first = pipeline.next_batch(0)
     if resumed:
-        pipeline, engine, *_ = pipeline_of(tokenizer, Scored(pool), **given)
+        pipeline, engine, *_ = pipeline_of(template, Scored(pool), **given)
         pipeline.resume_with(first)
     second = pipeline.next_batch(1)
     ids = [{(prompt, index) for _, prompt, index in batch.rollout_ids} for batch in (first, second)]
@@ -185,8 +186,8 @@ def test_no_prompt_of_the_optimizer_step_is_drawn_again(tokenizer, pool, resumed
     assert len(asked) == len(set(asked))
 
 
-def test_other_prompts_are_drawn_by_the_seed(tokenizer, pool):
-    prompts = pipeline_of(tokenizer, Scored(pool))[0].prompts
+def test_other_prompts_are_drawn_by_the_seed(template, pool):
+    prompts = pipeline_of(template, Scored(pool))[0].prompts
 
     def drawn(used, groups, attempt):
         return [row["prompt_id"] for row in prompts.unused(used, groups, 0, attempt)][::GROUP]

@@ -93,13 +93,13 @@ def test_worked_rows_are_right_and_in_english():
 
 
 @pytest.fixture(scope="module")
-def scores(base_model, tokenizer, pool):
+def scores(template, pool):
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 300
-    dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, run.sampling.max_tokens)
-    engine = load_engine(run.model, tokenizer, 256)
-    greedy, _ = measure(run, engine, tokenizer, dataset, Sampling(112, temperature=0), 1, pool)
-    sampled, _ = measure(run, engine, tokenizer, dataset, Sampling(112), 4, pool)
+    dataset = prompt_dataset(run.data, template, 512, run.sampling.max_tokens)
+    engine = load_engine(run.model, template, 256)
+    greedy, _ = measure(run, engine, template, dataset, Sampling(112, temperature=0), 1, pool)
+    sampled, _ = measure(run, engine, template, dataset, Sampling(112), 4, pool)
     return greedy, sampled
 
 
@@ -111,17 +111,15 @@ def test_asked_the_base_mostly_answers_at_once_and_is_mostly_wrong(scores):
     assert 0.5 < sampled.language < 0.97
 
 
-def test_thinking_pays(base_model, tokenizer, pool):
+def test_thinking_pays(template, pool):
     """Started on a chain, the base is far better than asked; and chains leave room to improve."""
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 200
-    dataset = prompt_dataset(run.data, tokenizer, "tiny", 512, 112)
+    dataset = prompt_dataset(run.data, template, 512, 112)
     started = dataset.map(
-        lambda row: {"prompt": tokenizer.apply_chat_template(
-            row["prompt"], tokenize=False, add_generation_prompt=True
-        ) + "<think>Let me work it out."}
-    )  # fmt: skip
+        lambda row: {"prompt_ids": row["prompt_ids"] + template.prefill_ids("<think>Let me work it out.")}
+    )
     scores, _ = measure(
-        run, load_engine(run.model, tokenizer, 256), tokenizer, started, Sampling(112, temperature=0), 1, pool
+        run, load_engine(run.model, template, 256), template, started, Sampling(112, temperature=0), 1, pool
     )
     assert 0.6 <= scores.accuracy <= 0.95

@@ -49,7 +49,6 @@ ATTRIBUTES = (
     "_logs",
     "_metrics",
     "aux_loss_enabled",
-    "eos_token_ids",
     "log_completions",
     "loss_type",
     "max_completion_length",

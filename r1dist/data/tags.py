@@ -1,0 +1,3 @@
+"""The tags of the report's format."""
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
