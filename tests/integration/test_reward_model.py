@@ -56,7 +56,7 @@ def test_a_classifiers_head_is_the_seeds_whatever_was_drawn_before(tokenizer):
     for seed, drawn in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(drawn)  # a process of its own begins anywhere
         run = build(RewardModelRun, {**SMALL, **LABELS, "seed": seed, "output_dir": "unused"}, "test")
-        heads.append(new_classifier(run, tokenizer).score.weight)
+        heads.append(new_classifier(run, tokenizer.pad_token_id).score.weight)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
@@ -87,9 +87,10 @@ def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained, pool):
     assert scores["accuracy"] == [None, 1.0] and scores["safety"][1] is None and 0 < scores["safety"][0] < 1
 
 
-def test_the_loss_of_labels_is_binary_cross_entropy(tokenizer):
+def test_the_loss_of_labels_is_binary_cross_entropy(template):
     run = build(RewardModelRun, {**SMALL, **LABELS, "output_dir": "x"}, "test")
-    rows = label_dataset(run, tokenizer).select(range(7))
+    tokenizer = template.tokenizer
+    rows = label_dataset(run, template).select(range(7))
     assert len({len(ids) for ids in rows["input_ids"]}) > 2
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -104,12 +105,12 @@ def test_the_loss_of_labels_is_binary_cross_entropy(tokenizer):
     assert loss.item() == pytest.approx(-right.log().mean().item(), rel=1e-5)
 
 
-def test_pairs_come_as_trl_takes_them_and_over_long_ones_are_dropped(tokenizer, caplog):
+def test_pairs_come_as_trl_takes_them_and_over_long_ones_are_dropped(template, caplog):
     run = build(RewardModelRun, {**SMALL, **PAIRS, "output_dir": "x", "max_length": 36}, "test")
-    rows = pair_dataset(run, tokenizer)
+    rows = pair_dataset(run, template)
     assert set(rows.column_names) == {"chosen_ids", "rejected_ids"}
     assert max(map(len, rows["chosen_ids"])) <= 36 and 0 < len(rows) < len(load_pairs(run.sources))
-    text = tokenizer.decode(rows[0]["chosen_ids"])
+    text = template.tokenizer.decode(rows[0]["chosen_ids"])
     assert text.startswith("<|im_start|>user\n") and text.count("<|im_end|>") == 2
 
 

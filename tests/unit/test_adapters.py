@@ -114,7 +114,7 @@ def test_engines_and_servers_get_the_merged_model(tmp_path, template):
     folder, adapted = adapters(tmp_path)
     with load_engine(Model(path=folder), template, 4).unwrapped() as model, torch.no_grad():
         assert torch.allclose(model(IDS).logits, adapted, rtol=1e-4, atol=1e-4)
-    serve = build(ServeRun, {"model": {"path": folder}, "endpoints": "x"}, "test")
+    serve = build(ServeRun, {"model": {"path": folder}, "endpoints": str(tmp_path / "e.json")}, "test")
     assert plan_serve(dataclasses.replace(serve, dry_run=True))[0] == folder and not list(tmp_path.glob("merged-*"))
     served = plan_serve(serve)[0]
     assert served == merged_path(folder, "float32") and AutoTokenizer.from_pretrained(served).chat_template

@@ -8,10 +8,12 @@ import pytest
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r1dist.config import Data, Model, Prompting, Source
+from r1dist.config import Data, Model, Prompting, ServeRun, Source
 from r1dist.data.prompts import completion_dataset, prompt_dataset
 from r1dist.data.templates import INSTRUCTION, NO_THOUGHT, Template, load_template
 from r1dist.errors import UserError
+from r1dist.generation.vllm.command import command
+from r1dist.generation.vllm.start import plan_serve
 from r1dist.models import load_tokenizer
 from r1dist.rewards.format import has_format
 from r1dist.rewards.model import conversation_ids
@@ -290,3 +292,13 @@ def test_tokens_that_the_model_has_no_embedding_of_are_refused(tmp_path):
 def test_generation_settings_add_their_stops():
     model = AutoModelForCausalLM.from_pretrained(BASE_DIR)
     assert load_template(Model(path="tiny"), "chat").stop_ids == model.generation_config.eos_token_id
+
+
+def test_served_chats_end_where_the_template_ends_replies(tmp_path):
+    """vLLM stops at its tokenizer's end of text."""
+    tokenizer_of(CHATML).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text((BASE_DIR / "config.json").read_text())
+    run = ServeRun(model=Model(path=str(tmp_path / "model")), endpoints=str(tmp_path / "e.json"))
+    plan_serve(run)
+    words = command(run, "m", "shm", 1)
+    assert AutoTokenizer.from_pretrained(words[words.index("--tokenizer") + 1]).eos_token == "<|im_end|>"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ...config import Rollout, Serve, ServeRun
+from ...data.templates import load_template
 from ...errors import UserError
-from ...models import model_path, weights_path
+from ...models import load_tokenizer, model_path, weights_path
 from ..engine import RolloutsLost
 from ..weight_sync.source import WeightSource
 from ..weight_sync.transports import FileTransport, GPUTransport, Transport
@@ -56,11 +57,19 @@ def plan_servers(rollout: Rollout, dtype: str, tokens: int, gpus: int, trainers:
 
 
 def plan_serve(run: ServeRun) -> tuple[str, str]:
-    """The model and the transport of `launch/serve.py`'s servers; what this machine decides is set in `run`."""
+    """The model and the transport of `launch/serve.py`'s servers; what this machine decides is set in `run`.
+
+    A tokenizer is written beside `run.endpoints`, so that chats end where the chat template ends replies.
+    """
     gpus = torch.cuda.device_count()
     if not gpus:
         _on_cores(run, run.transport)
     model = model_path(run.model) if run.dry_run else weights_path(run.model)
+    if load_tokenizer(run.model).chat_template is not None:
+        folder = f"{run.endpoints}.tokenizer"
+        run.arguments = ["--tokenizer", folder, *run.arguments]
+        if not run.dry_run:
+            load_template(run.model, "chat").tokenizer.save_pretrained(folder)
     return model, "shm" if not gpus else "nccl" if run.transport == "auto" else run.transport
 
 
