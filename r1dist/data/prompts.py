@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Data, Prompting, Source
 from ..errors import UserError
+from .mapping import kept, mapped
 from .sources import load_conversations, load_problems
 from .templates import check_chat_template, make_prompt, prompt_ids
 
@@ -21,7 +22,7 @@ def prompt_dataset(
     completion: int,
     prompting: Prompting | None = None,
 ) -> Dataset:
-    """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), `problem`, `answer`, `source`, `kind`.
+    """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), and `load_problems`' columns.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
     `prompting`, the examples and the instruction stand in the prompt.
@@ -32,12 +33,13 @@ def prompt_dataset(
     instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
     def convert(row: dict, index: int) -> dict:
-        prompt = make_prompt(data.template, row["problem"] + instruction, row["system"], examples)
+        earlier = [(exchange["question"], exchange["reply"]) for exchange in row["earlier"]]
+        prompt = make_prompt(data.template, row["problem"] + instruction, row["system"], [*examples, *earlier])
         ids = prompt_ids(tokenizer, prompt)
         return {"prompt": prompt, "prompt_id": index, "prompt_ids": ids, "prompt_length": len(ids)}
 
-    rows = rows.map(convert, with_indices=True, remove_columns=["system"], desc=None)
-    fitting = rows.filter(lambda row: row["prompt_length"] + completion <= context)
+    rows = mapped(rows, convert, with_indices=True, remove_columns=["system"])
+    fitting = kept(rows, lambda row: row["prompt_length"] + completion <= context)
     dropped = len(rows) - len(fitting)
     if dropped:
         logger.warning(
@@ -87,8 +89,8 @@ def completion_dataset(
             length = len(tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"])
         return {"prompt": prompt, "completion": completion, "length": length}
 
-    rows = rows.map(convert, remove_columns=rows.column_names, desc=None)
-    fitting = rows if max_length is None else rows.filter(lambda row: row["length"] <= max_length)
+    rows = mapped(rows, convert, remove_columns=rows.column_names)
+    fitting = rows if max_length is None else kept(rows, lambda row: row["length"] <= max_length)
     dropped = len(rows) - len(fitting)
     if dropped:
         logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(rows), max_length)

@@ -25,6 +25,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from ..adapters import lora_config, save_trained
 from ..config import RewardModelRun
 from ..config.trl_fields import trl_value
+from ..data.mapping import kept, mapped
 from ..data.sources import load_labels, load_pairs
 from ..data.templates import check_chat_template
 from ..errors import UserError
@@ -113,7 +114,7 @@ def pair_dataset(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Dat
         }
 
     rows = load_pairs(run.sources)
-    return _fitting(run, rows.map(convert, remove_columns=rows.column_names, desc=None))
+    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names))
 
 
 def label_dataset(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -124,14 +125,14 @@ def label_dataset(run: RewardModelRun, tokenizer: PreTrainedTokenizerBase) -> Da
         return {"input_ids": ids, "labels": [float(row["label"])]}
 
     rows = load_labels(run.sources)
-    return _fitting(run, rows.map(convert, remove_columns=rows.column_names, desc=None))
+    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names))
 
 
 def _fitting(run: RewardModelRun, rows: Dataset) -> Dataset:
     limit = trl_value(run, "max_length")
     if limit is None:
         return rows
-    fitting = rows.filter(lambda row: all(len(ids) <= limit for name, ids in row.items() if name != "labels"))
+    fitting = kept(rows, lambda row: all(len(ids) <= limit for name, ids in row.items() if name != "labels"))
     dropped = len(rows) - len(fitting)
     if dropped:
         logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(rows), limit)
