@@ -121,6 +121,14 @@ def question(conversation: list[dict]) -> tuple[str | None, list[dict], str]:
     return system, earlier, rest[-1]["content"]
 
 
+def as_turns(exchange: dict) -> list[dict]:
+    """The two turns of an exchange, as `question` gives them."""
+    return [
+        {"role": "user", "content": exchange["question"]},
+        {"role": "assistant", "content": exchange["reply"]},
+    ]
+
+
 def rewrite_stratos(completion: str) -> str | None:
     """Bespoke-Stratos' thought and solution marks as `<think>` and `<answer>` tags; None where they are missing."""
     found = STRATOS.search(completion)

@@ -68,7 +68,7 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
 def completion_dataset(
     data: Data, tokenizer: PreTrainedTokenizerBase, model_path: str, max_length: int | None
 ) -> Dataset:
-    """Rows with `prompt` and `completion` as TRL's SFTTrainer takes them.
+    """Rows with `prompt` and `completion` as TRL's SFTTrainer takes them, and `length` (tokens).
 
     A row of more than `max_length` tokens is dropped and counted: packing would cut it in two.
     """
@@ -96,4 +96,4 @@ def completion_dataset(
         logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(rows), max_length)
     if not len(fitting):
         raise UserError(f"data.sources: none of the {len(rows)} rows fits into max_length = {max_length} tokens.")
-    return fitting.remove_columns("length")
+    return fitting

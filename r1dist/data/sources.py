@@ -16,7 +16,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..config import Source
 from ..errors import UserError
-from .formats import UnusableRow, as_text, gold_answer, question, rewrite_stratos, turns
+from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_stratos, turns
 from .mapping import mapped
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
@@ -205,8 +205,8 @@ def _turns(source: Source, row: dict) -> list[dict]:
         return turns(value_of(row, source.conversation))
     system, earlier, problem = _asked(replace(source, system=None), row)
     found = [{"role": "system", "content": system}] if system else []
-    for pair in earlier:
-        found += [{"role": "user", "content": pair["question"]}, {"role": "assistant", "content": pair["reply"]}]
+    for exchange in earlier:
+        found += as_turns(exchange)
     completion = value_of(row, source.completion)
     if not isinstance(completion, list):
         completion = [{"role": "assistant", "content": as_text(completion)}]
