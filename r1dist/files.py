@@ -35,9 +35,9 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def write_run_file(folder: Path, launcher: str, config: dict) -> None:
-    """Record the configuration and the versions in `folder`."""
-    write_json(folder / RUN_FILE, {"launcher": launcher, "config": config, "versions": versions()})
+def write_run_file(folder: Path, launcher: str, config: dict, data: dict[str, str]) -> None:
+    """Record the configuration, the digests of its data and the versions in `folder`."""
+    write_json(folder / RUN_FILE, {"launcher": launcher, "config": config, "data": data, "versions": versions()})
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Where rows come from and how they become prompts."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -11,17 +11,19 @@ from .values import PathText, Seed
 
 @dataclass(config=STRICT, kw_only=True)
 class Source:
-    """One place that rows come from, and the names of its columns."""
+    """One place that rows come from, and the names of its columns; a dot leads to an inner one (`reward.answer`)."""
 
     path: PathText
-    """A hub id, a local folder, a `.jsonl`, `.json` or `.parquet` file, or one of the generated sources: `tiny`
+    """A hub id, a local folder (data files, or what `save_to_disk` left), a `.jsonl`, `.json` or `.parquet` file, or
+    one of the generated sources: `tiny`
     (problems), `tiny_talk`, `tiny_unsafe` (requests), `tiny_pairs`, `tiny_judged` (for reward models)."""
     subset: str | None = None
     """The configuration of a hub dataset (GSM8K's `main`)."""
     split: str = "train"
-    """The split of a hub dataset; of generated sources, `train` or `test`."""
-    problem: str | None = None
-    """Column with the question as plain text."""
+    """The split of a hub dataset or folder; of generated sources, `train` or `test`. A file has none."""
+    problem: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Column with the question, as text or as a list of turns that ends with it; or columns of text (`[Body,
+    Question]`), joined with a line break."""
     answer: str | None = None
     """Column with the gold answer, in the form that `answer_format` names. Rows of another kind than `math` may
     go without."""
@@ -30,7 +32,7 @@ class Source:
     conversation: str | None = None
     """Column with a list of turns, `role`/`content` or `from`/`value`; the last turn is the completion."""
     completion: str | None = None
-    """Column with the completion as plain text (SFT), if there is no `conversation`."""
+    """Column with the completion, as text or as turns (SFT), if there is no `conversation`."""
     completion_format: Literal["plain", "stratos"] = "plain"
     """`stratos`: Bespoke-Stratos' thought and solution marks become `<think>` and `<answer>` tags."""
     chosen: str | None = None

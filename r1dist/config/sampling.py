@@ -105,7 +105,7 @@ class SampleRun:
     filters: MayChange[Filters] = Field(default_factory=Filters)
     """Which of them are kept."""
     rows: MayChange[PositiveInt | None] = None
-    """Rows wanted of all generators together. Unset: as many as there are."""
+    """Rows wanted of all generators together, of prompts that the seed draws. Unset: as many as there are."""
     mix: MayChange[list[Source]] = Field(default_factory=list)
     """Further rows that are taken as they are (the report's non-reasoning data)."""
     rollout: Rollout = Field(default_factory=Rollout)

@@ -17,11 +17,16 @@ class PromptOrder(Sampler):
     epoch does not have. The first epoch's order is TRL's.
 
     Prompts that `pass_rate_filter` drops are replaced by ones that it keeps, which then come more than once in an
-    epoch, but not twice in one generation, where both would draw the same samples. If none is left, the prompt stays.
+    epoch, but not twice in one optimizer step, where both would draw the same samples. If none is left, the prompt
+    stays.
+
+    Args:
+        per_step: Generations of an optimizer step, where it has several.
     """
 
-    def __init__(self, sampler: RepeatSampler):
+    def __init__(self, sampler: RepeatSampler, per_step: int = 1):
         self.sampler = sampler
+        self.per_step = per_step
         self.epoch = 0
         self.pass_rate_filter = PassRateFilter()
         self._cached: tuple[int, PassRateFilter, list[int]] | None = None
@@ -60,7 +65,7 @@ class PromptOrder(Sampler):
     def _replace_dropped(self, order: list[int], epoch: int) -> list[int]:
         keep = self.pass_rate_filter.keep
         spare = deque(random.Random(f"{self.sampler.seed}:{epoch}").sample(keep, len(keep)))
-        size = self.sampler.batch_size * self.sampler.mini_repeat_count * self.sampler.repeat_count
+        size = self.sampler.batch_size * self.sampler.mini_repeat_count * self.sampler.repeat_count * self.per_step
         found = []
         for start in range(0, len(order), size):
             places = order[start : start + size]

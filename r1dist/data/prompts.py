@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 
 from ..config import Data, Prompting, Source
 from ..errors import UserError
+from .mapping import kept, mapped
 from .sources import load_conversations, load_problems
 from .templates import Template
 
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 def prompt_dataset(
     data: Data, template: Template, context: int, completion: int, prompting: Prompting | None = None
 ) -> Dataset:
-    """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), `problem`, `answer`, `source`, `kind`.
+    """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), and `load_problems`' columns.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
     `prompting`, the examples and the instruction stand in the prompt.
@@ -26,18 +27,19 @@ def prompt_dataset(
     instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
     def convert(row: dict, index: int) -> dict:
-        prompt = template.prompt(row["problem"] + instruction, row["system"], examples)
+        earlier = [(exchange["question"], exchange["reply"]) for exchange in row["earlier"]]
+        prompt = template.prompt(row["problem"] + instruction, row["system"], [*examples, *earlier])
         ids, refusal = _prompt_ids(template, prompt)
         made = {"prompt": prompt, "prompt_id": index, "prompt_ids": ids, "prompt_length": len(ids)}
         return {**made, "refusal": refusal}
 
-    rows = _usable(rows.map(convert, with_indices=True, remove_columns=["system"], desc=None))
+    rows = _usable(mapped(rows, convert, with_indices=True, remove_columns=["system"]))
     if examples and not template.holds(rows[0]["prompt"], [completion for _, completion in examples]):
         raise UserError(
             f"prompting.examples: the chat template of {template.model} drops a part of earlier replies, so that the "
             "examples would not be shown whole.\nUse `data.template: r1_zero`, or `prompting.instruction`."
         )
-    fitting = rows.filter(lambda row: row["prompt_length"] + completion <= context)
+    fitting = kept(rows, lambda row: row["prompt_length"] + completion <= context)
     dropped = len(rows) - len(fitting)
     if dropped:
         logger.warning(
@@ -64,7 +66,7 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
 
 
 def completion_dataset(data: Data, template: Template, max_length: int | None) -> Dataset:
-    """Rows with `input_ids` and `completion_mask` (1 on the reply and what ends it), as TRL's SFTTrainer takes them.
+    """Rows with `input_ids`, their number `length`, and `completion_mask` (1 on the reply and what ends it).
 
     A row of more than `max_length` tokens is dropped and counted, since packing would cut it in two; so is one that
     the chat template refuses. Raises `UserError` if none is left, or if the template keeps replies from thinking.
@@ -86,11 +88,12 @@ def completion_dataset(data: Data, template: Template, max_length: int | None) -
         return {
             "input_ids": ids + reply,
             "completion_mask": [0] * len(ids) + [1] * len(reply),
+            "length": len(ids) + len(reply),
             "refusal": refusal,
         }
 
-    usable = _usable(rows.map(convert, remove_columns=rows.column_names, desc=None))
-    fitting = usable if max_length is None else usable.filter(lambda row: len(row["input_ids"]) <= max_length)
+    usable = _usable(mapped(rows, convert, remove_columns=rows.column_names))
+    fitting = usable if max_length is None else kept(usable, lambda row: row["length"] <= max_length)
     dropped = len(usable) - len(fitting)
     if dropped:
         logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(usable), max_length)
@@ -114,5 +117,5 @@ def _usable(rows: Dataset) -> Dataset:
         raise UserError(f"data.sources: the chat template refuses all of the {len(rows)} rows: {refusals[0]}")
     if refusals:
         logger.warning("left out %d of %d rows: the chat template says: %s", len(refusals), len(rows), refusals[0])
-        rows = rows.filter(lambda refusal: refusal is None, input_columns="refusal")
+        rows = rows.select([place for place, refusal in enumerate(rows["refusal"]) if refusal is None])
     return rows.remove_columns("refusal")

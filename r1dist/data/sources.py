@@ -1,51 +1,50 @@
-"""Rows from a hub id, a local folder, a file, or the tiny problem generator.
+"""Rows of sources, in one shape whatever the source.
 
-Whatever the source, a row leaves here with the same columns: `problem`, `answer` (for rewards), `messages`
-(for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`; a program's `tests` (JSON) and
-`language`.
+A row leaves here with the same columns: `problem`, `answer` (for rewards), `earlier` (the exchanges before the
+problem), `messages` (for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`; a
+program's `tests` (JSON) and `language`. Rows that cannot be used are counted and left out.
 """
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..config import Source
 from ..errors import UserError
-from ..tiny import talk, worked
-from .formats import gold_answer, rewrite_stratos, turns
+from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_stratos, turns
+from .mapping import mapped
+from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
 logger = logging.getLogger(__name__)
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-TINY_DEFAULT_ROWS = 4096
-PROBLEM_COLUMNS = ("problem", "answer", "system", "source", "kind", "tests", "language")
-PROBLEM_FEATURES = Features({name: Value("string") for name in PROBLEM_COLUMNS})
-LISTED_FEATURES = Features({**PROBLEM_FEATURES, "answer": List(Value("string"))})
-GENERATED: dict[str, Callable[[Source], list[dict]]] = {
-    "tiny": lambda source: worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split),
-    "tiny_talk": lambda source: talk.rows(source.seed, source.split, unsafe=False),
-    "tiny_unsafe": lambda source: talk.rows(source.seed, source.split, unsafe=True),
-    "tiny_pairs": lambda source: talk.pairs(source.seed, source.split),
-    "tiny_judged": lambda source: talk.judged(source.seed, source.split),
-}
+TEXT = Value("string")
+ABOUT = {"source": TEXT, "kind": TEXT}
+PROBLEM = {
+    "problem": TEXT, "earlier": List({"question": TEXT, "reply": TEXT}), "answer": TEXT, "system": TEXT,
+    "tests": TEXT, "language": TEXT, **ABOUT,
+}  # fmt: skip
+LISTED = {**PROBLEM, "answer": List(TEXT)}
+CONVERSATION = {"messages": List({"role": TEXT, "content": TEXT}), "completion": TEXT, **ABOUT}
+PAIR = {"problem": TEXT, "chosen": TEXT, "rejected": TEXT}
+LABELLED = {"problem": TEXT, "completion": TEXT, "label": Value("int64")}
+REASONS = 5
+"""At most so many are named of why rows were left out."""
 
 
 def load_problems(sources: list[Source]) -> Dataset:
-    """All rows with `problem`, `answer`, `system`, `source`, `kind`, `tests` and `language`.
+    """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests` and `language`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
     source holds lists of equally right answers, `answer` is a list in all rows.
     """
     parts = [_problems(_with_columns(source)) for source in sources]
-    if any(part.features["answer"] == List(Value("string")) for part in parts):
-        parts = [part.map(_listed, features=LISTED_FEATURES, desc=None) for part in parts]
+    if any(part.features["answer"] == List(TEXT) for part in parts):
+        parts = [mapped(part, _listed, features=Features(LISTED)) for part in parts]
     return concatenate_datasets(parts)
 
 
@@ -60,33 +59,55 @@ def load_conversations(sources: list[Source]) -> Dataset:
 
 def load_pairs(sources: list[Source]) -> Dataset:
     """All rows with `problem`, `chosen` and `rejected`."""
-    return _columns(sources, ("problem", "chosen", "rejected"))
+
+    def convert(source: Source, row: dict) -> dict:
+        chosen = _reply(value_of(row, source.chosen), "chosen")
+        if not chosen:
+            raise UnusableRow("no `chosen`")
+        rejected = _reply(value_of(row, source.rejected), "rejected")
+        return {"problem": _asked(source, row)[-1], "chosen": chosen, "rejected": rejected}
+
+    return _for_reward_models(sources, convert, PAIR)
 
 
 def load_labels(sources: list[Source]) -> Dataset:
     """All rows with `problem`, `completion` and `label`, 1 or 0. Raises `UserError` for any other label."""
-    rows = _columns(sources, ("problem", "completion", "label"))
-    strange = set(rows["label"]) - {0, 1}
-    if strange:
-        raise UserError(f"sources: column `label` must hold 0 or 1; there is also {strange.pop()!r}.")
-    return rows
+
+    def convert(source: Source, row: dict) -> dict:
+        label = value_of(row, source.label)
+        if label is None:
+            raise UnusableRow("no `label`")
+        if label not in (0, 1):
+            raise UserError(f"sources: column `{source.label}` must hold 0 or 1; there is also {label!r}.")
+        completion = _reply(value_of(row, source.completion), "completion")
+        return {"problem": _asked(source, row)[-1], "completion": completion, "label": int(label)}
+
+    return _for_reward_models(sources, convert, LABELLED)
 
 
-def _columns(sources: list[Source], fields: tuple[str, ...]) -> Dataset:
-    """Those columns of all sources, under their fields' names."""
+def _for_reward_models(
+    sources: list[Source], convert: Callable[[Source, dict], dict], features: dict[str, Any]
+) -> Dataset:
     parts = []
     for source in map(_with_columns, sources):
-        named = {field: getattr(source, field) for field in fields}
-        raw = _read(source)
-        _require(source, raw, named)
-        columns = {field: [_last(value) for value in raw[column]] for field, column in named.items()}
-        parts.append(Dataset.from_dict(columns))
+        raw = read(source)
+        require_columns(source, raw, {field: getattr(source, field) for field in features})
+        mend = "Set " + ", ".join(f"`{field}`" for field in features) + " of this source."
+        parts.append(_usable(source, raw, lambda row, source=source: convert(source, row), features, mend))
     return concatenate_datasets(parts)
 
 
-def _last(value: Any) -> Any:
-    """Preference data often holds a whole conversation where its last turn is meant."""
-    return turns(value)[-1]["content"] if isinstance(value, list) else value
+def _reply(value: Any, field: str) -> str:
+    """A reply's text. Preference data often holds a whole conversation where its last turn is meant."""
+    if isinstance(value, list):
+        last = turns(value)[-1]
+        if last["role"] != "assistant":
+            raise UnusableRow(f"a `{field}` that does not end with the assistant's turn")
+        return last["content"]
+    text = as_text(value)
+    if text is None:
+        raise UnusableRow(f"no `{field}`")
+    return text
 
 
 def _with_columns(source: Source) -> Source:
@@ -97,125 +118,126 @@ def _with_columns(source: Source) -> Source:
     return replace(source, **{name: name for name in ours})
 
 
+def _asked(source: Source, row: dict) -> tuple[str | None, list[dict], str]:
+    """(system prompt, earlier exchanges, problem) of a row."""
+    named = [source.problem] if isinstance(source.problem, str) else source.problem or []
+    values = [value_of(row, column) for column in named]
+    given = as_text(value_of(row, source.system)) if source.system else None
+    if len(values) == 1 and isinstance(values[0], list):
+        system, earlier, problem = question(turns(values[0]))
+        return given or system, earlier, problem
+    problem = "\n".join(text for text in map(as_text, values) if text and not text.isspace())
+    if not problem:
+        raise UnusableRow("no `problem`")
+    return given, [], problem
+
+
 def _problems(source: Source) -> Dataset:
-    raw = _read(source)
+    raw = read(source)
     columns = {"problem": source.problem, "answer": source.answer}
     if source.answer is None and source.kind != "math":
         del columns["answer"]
-    columns |= {field: named for field in ("tests", "language") if (named := getattr(source, field)) is not None}
-    _require(source, raw, columns)
-    listed = source.answer is not None and isinstance(raw.features[source.answer], List)
+    further = ("tests", "language", "system")
+    columns |= {field: named for field in further if (named := getattr(source, field)) is not None}
+    require_columns(source, raw, columns)
+    listed = source.answer is not None and holds_lists(raw, source.answer)
 
     def answer(row: dict) -> str | list[str] | None:
+        value = value_of(row, source.answer) if source.answer else None
         if not listed:
-            return gold_answer(row[source.answer], source.answer_format) if source.answer else None
-        answers = [gold_answer(one, source.answer_format) for one in row[source.answer] or []]
-        return [one for one in answers if one is not None] or None
+            return gold_answer(value, source.answer_format)
+        values = value if isinstance(value, list) else [value]
+        return [found for one in values if (found := gold_answer(one, source.answer_format)) is not None] or None
 
     def convert(row: dict) -> dict:
+        system, earlier, problem = _asked(source, row)
+        gold = answer(row)
+        if gold is None and source.kind == "math":
+            raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
+        tests = value_of(row, source.tests) if source.tests else None
         return {
-            "problem": row[source.problem],
-            "answer": answer(row),
-            "system": row[source.system] if source.system else None,
+            "problem": problem,
+            "earlier": earlier,
+            "answer": gold,
+            "system": system,
+            "tests": tests if tests is None or isinstance(tests, str) else json.dumps(tests),
+            "language": as_text(value_of(row, source.language)) if source.language else None,
             "source": source.path,
             "kind": source.kind,
-            "tests": _as_json(row[source.tests]) if source.tests else None,
-            "language": row[source.language] if source.language else None,
         }
 
-    rows = raw.map(
-        convert, remove_columns=raw.column_names, features=LISTED_FEATURES if listed else PROBLEM_FEATURES, desc=None
-    )
-    answered = rows.filter(lambda row: bool(row["problem"]) and (source.kind != "math" or row["answer"] is not None))
-    missing = len(rows) - len(answered)
-    if missing * 2 > len(rows):
-        raise UserError(
-            f"{source.path}: {missing} of {len(rows)} rows have no answer in column `{source.answer}` "
-            f"read as `{source.answer_format}`. Set `answer_format` or `answer` of this source."
-        )
-    if missing:
-        logger.warning("%s: left out %d of %d rows, which have no answer", source.path, missing, len(rows))
-    return answered
-
-
-def _as_json(tests: Any) -> str | None:
-    return tests if tests is None or isinstance(tests, str) else json.dumps(tests)
+    mend = "Set `problem`, `answer` or `answer_format` of this source."
+    return _usable(source, raw, convert, LISTED if listed else PROBLEM, mend)
 
 
 def _conversations(source: Source) -> Dataset:
-    raw = _read(source)
+    raw = read(source)
+    columns: dict[str, Any] = {"system": source.system} if source.system else {}
     if source.conversation is not None:
-        _require(source, raw, {"conversation": source.conversation})
+        columns |= {"conversation": source.conversation}
     else:
-        _require(source, raw, {"problem": source.problem, "completion": source.completion})
+        columns |= {"problem": source.problem, "completion": source.completion}
+    require_columns(source, raw, columns)
 
     def convert(row: dict) -> dict:
-        if source.conversation is not None:
-            *messages, last = turns(row[source.conversation])
-            completion = last["content"] if last["role"] == "assistant" else None
-        else:
-            messages = [{"role": "user", "content": row[source.problem]}]
-            completion = row[source.completion]
-        if source.system and row[source.system]:
-            messages = [{"role": "system", "content": row[source.system]}, *messages]
-        if completion and source.completion_format == "stratos":
+        system = as_text(value_of(row, source.system)) if source.system else None
+        *messages, last = _turns(source, row)
+        if last["role"] != "assistant":
+            raise UnusableRow("no reply of the assistant at the end")
+        if not any(turn["role"] == "user" for turn in messages):
+            raise UnusableRow("no turn of the user before the completion")
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
+        completion = last["content"]
+        if source.completion_format == "stratos":
             completion = rewrite_stratos(completion)
+            if completion is None:
+                raise UnusableRow("no marks of `stratos` in the completion")
         return {"messages": messages, "completion": completion, "source": source.path, "kind": source.kind}
 
-    rows = raw.map(convert, remove_columns=raw.column_names, desc=None)
-    complete = rows.filter(lambda row: bool(row["messages"]) and bool(row["completion"]))
-    missing = len(rows) - len(complete)
-    if missing * 2 > len(rows):
+    mend = "Set `conversation`, or `problem` and `completion`, of this source."
+    return _usable(source, raw, convert, CONVERSATION, mend)
+
+
+def _turns(source: Source, row: dict) -> list[dict]:
+    """A row's conversation, the completion included."""
+    if source.conversation is not None:
+        return turns(value_of(row, source.conversation))
+    system, earlier, problem = _asked(replace(source, system=None), row)
+    found = [{"role": "system", "content": system}] if system else []
+    for exchange in earlier:
+        found += as_turns(exchange)
+    completion = value_of(row, source.completion)
+    if not isinstance(completion, list):
+        completion = [{"role": "assistant", "content": as_text(completion)}]
+    return [*found, {"role": "user", "content": problem}, *turns(completion)]
+
+
+def _usable(
+    source: Source, raw: Dataset, convert: Callable[[dict], dict], features: dict[str, Any], mend: str
+) -> Dataset:
+    """What `convert` makes of the rows of `raw`. Those for which it raises `UnusableRow` are counted and left out.
+
+    Raises `UserError`, which ends with `mend`, if they are the majority.
+    """
+
+    def attempt(row: dict) -> dict:
+        try:
+            return {**convert(row), "unusable": None}
+        except UnusableRow as reason:
+            return {**dict.fromkeys(features), "unusable": str(reason)}
+
+    rows = mapped(raw, attempt, remove_columns=raw.column_names, features=Features({**features, "unusable": TEXT}))
+    unusable = rows["unusable"]
+    rows = rows.remove_columns("unusable")
+    reasons = Counter(reason for reason in unusable if reason is not None)
+    left_out = reasons.total()
+    if not left_out:
+        return rows
+    counted = ", ".join(f"{count} with {reason}" for reason, count in reasons.most_common(REASONS))
+    if left_out * 2 > len(rows):
         raise UserError(
-            f"{source.path}: {missing} of {len(rows)} rows have no completion by an assistant. "
-            "Set `conversation`, or `problem` and `completion`, of this source."
+            f"data.sources: {source.path}: {left_out} of {len(rows)} rows cannot be used: {counted}.\n{mend}"
         )
-    if missing:
-        logger.warning("%s: left out %d of %d rows, which have no completion", source.path, missing, len(rows))
-    return complete
-
-
-def _read(source: Source) -> Dataset:
-    if source.path in GENERATED:
-        return Dataset.from_list(GENERATED[source.path](source)[: source.limit])
-    path = Path(source.path)
-    if path.suffix in READERS:
-        if not path.is_file():
-            raise UserError(f"data.sources: there is no file {path}.")
-        raw = _from_file(path)
-    elif path.is_dir():
-        raw = load_dataset(str(path), name=source.subset, split=source.split)
-    else:
-        raw = _from_hub(source)
-    if len(raw) == 0:
-        raise UserError(f"data.sources: {source.path} holds no rows.")
-    return raw.select(range(min(source.limit, len(raw)))) if source.limit else raw
-
-
-def _from_file(path: Path) -> Dataset:
-    if path.stat().st_size == 0:
-        raise UserError(f"data.sources: {path} holds no rows.")
-    try:
-        return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    except DatasetGenerationError as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"data.sources: {path} is no readable {path.suffix[1:]} file: {cause}") from error
-
-
-def _from_hub(source: Source) -> Dataset:
-    try:
-        return load_dataset(source.path, name=source.subset, split=source.split)
-    except (ConnectionError, OfflineModeIsEnabled, DatasetNotFoundError, HfHubHTTPError) as error:
-        raise UserError(
-            f"data.sources: {source.path} is no local file or folder, and the hub does not give it "
-            f"({type(error).__name__}).\nCheck the name and the network, or set `path` to a local copy."
-        ) from error
-
-
-def _require(source: Source, raw: Dataset, columns: dict[str, str | None]) -> None:
-    there = ", ".join(raw.column_names)
-    for field, column in columns.items():
-        if column is None:
-            raise UserError(f"data.sources: {source.path} needs `{field}`; its columns are {there}.")
-        if column not in raw.column_names:
-            raise UserError(f"data.sources: {source.path} has no column `{column}` (`{field}`); it has {there}.")
+    logger.warning("%s: left out %d of %d rows: %s", source.path, left_out, len(rows), counted)
+    return rows.select([place for place, reason in enumerate(unusable) if reason is None])

@@ -1,7 +1,6 @@
 """Greedy and sampled pass@1 on problems with known answers."""
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,21 +10,19 @@ from datasets import Dataset
 from ..config import EvaluateRun
 from ..data.prompts import prompt_dataset
 from ..data.templates import Template, load_template
-from ..errors import UserError
 from ..files import write_json
 from ..generation.engine import Rollout, Sampling
 from ..generation.local import InProcessEngine, load_engine
 from ..models import load_model_config
 from ..rewards import VERIFIERS
 from ..rewards.format import has_format
+from ..rewards.golds import check_golds
 from ..rewards.language import language_share
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from .complete import complete, with_texts
 from .intervals import clustered_interval
 from .requests import measure_requests
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,11 @@ def evaluate(run: EvaluateRun) -> dict:
     template = load_template(run.model, run.data.template)
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, template, context, run.sampling.max_tokens)
-    engine = load_engine(run.model, template, run.batch_size)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
     with Pool(VERIFIERS, run.verify) as pool:
+        check_golds(dataset["answer"], pool)
+        engine = load_engine(run.model, template, run.batch_size)
         scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)
         result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
         result["sampled"] = asdict(measure(run, engine, template, dataset, sampled, run.sampling.samples, pool)[0])
@@ -101,10 +99,6 @@ def _scores(rollouts: list[Rollout], texts: list[str], right: list[float | None]
     by_problem = [right[i : i + samples] for i in range(0, len(right), samples)]
     # The gold answer decides whether a row can be scored, so all samples of a problem can or none.
     rates = [fmean(scores) for scores in by_problem if scores[0] is not None]
-    if not rates:
-        raise UserError("data.sources: no gold answer parses; set `answer` or `answer_format` of the source.")
-    if len(rates) < len(by_problem):
-        logger.warning("%d gold answers do not parse; those problems are left out", len(by_problem) - len(rates))
     shares = [language_share(text, target) for text in texts]
     spoken = [[s for s in shares[i : i + samples] if s is not None] for i in range(0, len(shares), samples)]
     in_target = [fmean(shares) for shares in spoken if shares]

@@ -24,6 +24,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from ..adapters import lora_config, save_trained
 from ..config import RewardModelRun
 from ..config.trl_fields import trl_value
+from ..data.mapping import kept, mapped
 from ..data.sources import load_labels, load_pairs
 from ..data.templates import Template, load_template
 from ..errors import UserError
@@ -34,7 +35,7 @@ from ..rewards.model import ModelReward, conversation_ids
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
 from ..run.progress import show_progress
-from ..run.setup import hardware_defaults, run_folder, trl_arguments
+from ..run.setup import check_rows, hardware_defaults, run_folder, trl_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,13 @@ def train(run: RewardModelRun) -> None:
     check_lora(run.model, "SEQ_CLS")
     pairwise = run.loss == "pairwise"
     dataset = (pair_dataset if pairwise else label_dataset)(run, template)
+    if run.holdout:  # which is used at the end; what is wrong with it is to be known now
+        (load_pairs if pairwise else load_labels)(run.holdout)
     weights = weights_path(run.model)
     arguments = trl_arguments(
         trl.RewardConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model)
     )
+    check_rows(run, len(dataset))
     with run_folder(run, "reward_model") as checkpoint:
         common = {"args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
         common["stall_timeout"] = run.train.stall_timeout
@@ -112,7 +116,7 @@ def pair_dataset(run: RewardModelRun, template: Template) -> Dataset:
         }
 
     rows = load_pairs(run.sources)
-    return _fitting(run, rows.map(convert, remove_columns=rows.column_names, desc=None))
+    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names))
 
 
 def label_dataset(run: RewardModelRun, template: Template) -> Dataset:
@@ -123,14 +127,14 @@ def label_dataset(run: RewardModelRun, template: Template) -> Dataset:
         return {"input_ids": ids, "labels": [float(row["label"])]}
 
     rows = load_labels(run.sources)
-    return _fitting(run, rows.map(convert, remove_columns=rows.column_names, desc=None))
+    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names))
 
 
 def _fitting(run: RewardModelRun, rows: Dataset) -> Dataset:
     limit = trl_value(run, "max_length")
     if limit is None:
         return rows
-    fitting = rows.filter(lambda row: all(len(ids) <= limit for name, ids in row.items() if name != "labels"))
+    fitting = kept(rows, lambda row: all(len(ids) <= limit for name, ids in row.items() if name != "labels"))
     dropped = len(rows) - len(fitting)
     if dropped:
         logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(rows), limit)

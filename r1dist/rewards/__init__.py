@@ -7,18 +7,23 @@ holds nothing to measure. TRL leaves such a score out of the row's sum.
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
+from typing import TYPE_CHECKING
 
 from ..config.rewards import Reward, check_rewards, parameters
 from ..errors import VerifiersBroken
 from .code.reward import code, code_format
 from .code.sandbox import require_sandbox
 from .format import format_reward, soft_format, tag_count
+from .golds import check_golds_of
 from .language import language
 from .length import cosine, length, overlong
 from .math.accuracy import accuracy
 from .pool import Pool
 from .repetition import repetition
 from .steps import reasoning_steps
+
+if TYPE_CHECKING:  # nothing for a pool's workers to import
+    from datasets import Dataset
 
 Scorer = Callable[[list[str], list[dict]], list[float | None]]
 """Completions' texts and their rows -> scores. A row holds the dataset's columns, `tokens` (the length of its
@@ -52,13 +57,17 @@ class Rewards:
     Args:
         rewards: As the YAML names them.
         pool: Where answers are verified; it must know `VERIFIERS`.
+        dataset: The run's rows, with `kind` and `answer`. None: they are not checked.
 
-    Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, for a `model` that is none, and for
-    `code` where no sandbox is installed; `VerifiersBroken` where the machine does not let it run.
+    Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, for rows of which no gold answer can
+    be scored, for a `model` that is none, and for `code` where no sandbox is installed; `VerifiersBroken` where the
+    machine does not let it run.
     """
 
-    def __init__(self, rewards: dict[str, Reward], pool: Pool):
+    def __init__(self, rewards: dict[str, Reward], pool: Pool, dataset: "Dataset | None" = None):
         check_rewards(rewards)
+        if dataset is not None:
+            check_golds_of(rewards, dataset["kind"], dataset["answer"], pool)
         if "code" in rewards:
             require_sandbox()
         self.rewards = rewards

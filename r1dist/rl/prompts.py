@@ -1,7 +1,6 @@
 """The dataset's rows of each generation, and the requests for their rollouts, as one rank asks them."""
 
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -58,10 +57,9 @@ class Prompts:
         places = draw.sample(free, min(groups * self.ranks, len(free)))
         each = len(places) // self.ranks
         mine = places[self.rank * each : (self.rank + 1) * each]
-        return self._rows(place for place in mine for _ in range(self.group))
+        return self._rows([place for place in mine for _ in range(self.group)])
 
-    def _rows(self, places: Iterable[int]) -> list[dict]:
-        places = list(places)
+    def _rows(self, places: list[int]) -> list[dict]:
         distinct = list(dict.fromkeys(places))
         rows = dict(zip(distinct, self.dataset.select(distinct), strict=True))
         return [rows[place] for place in places]

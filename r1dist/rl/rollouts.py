@@ -63,7 +63,7 @@ class RolloutPipeline:
         plan = prompts.generation
         self.source = GenerationSource(engine, sampling, max_staleness, plan, self._begin_verification, reporting)
         self._tokens = 0
-        self._used: dict[int, set[int]] = {}  # optimizer step -> prompts that all ranks have asked for it
+        self.used: dict[int, set[int]] = {}  # optimizer step -> prompts that all ranks have asked for it
 
     def next_batch(self, number: int) -> RolloutBatch:
         """Generation `number`, scored. A collective.
@@ -80,12 +80,6 @@ class RolloutPipeline:
         """Tokens of prompts and completions that all ranks have generated since the last call."""
         tokens, self._tokens = self._tokens, 0
         return tokens
-
-    def resume_with(self, batch: RolloutBatch) -> None:
-        """A checkpoint held `batch`: its prompts count as asked for its optimizer step. A collective."""
-        step = self.prompts.schedule.step_of(batch.number)
-        asked = gather_object([prompt for _, prompt, _ in batch.rollout_ids])
-        self._used = {step: self.prompts.ids_for_step(step) | set(asked)}
 
     def _begin_verification(self, generation: Generation, place: int, rollout: Rollout) -> None:
         """Of a rollout that has arrived, while others are still generated."""
@@ -182,7 +176,7 @@ class RolloutPipeline:
         and uses its own. A collective.
         """
         size, step, rollouts = self.prompts.group, self.prompts.schedule.step_of(number), len(batch)
-        used = self._used.get(step) or self.prompts.ids_for_step(step)
+        used = self.used.get(step) or self.prompts.ids_for_step(step)
         before, added = None, 0
         for attempt in range(self.dynamic_sampling + 1):
             empty = zero_variance_groups(batch.advantages, size)
@@ -203,7 +197,7 @@ class RolloutPipeline:
                 start = rollouts + size * replacement
                 order[size * group : size * (group + 1)] = range(start, start + size)
             batch = concatenate([batch, fresh]).select(order)
-        self._used = {step: used}
+        self.used = {step: used}
         share = size / rollouts / self.prompts.ranks
         self.log("dynamic_sampling/zero_variance", before * share)
         self.log("dynamic_sampling/remaining", sum(lacking) * share)

@@ -22,7 +22,7 @@ from ..rewards import VERIFIERS, Rewards
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.progress import show_progress
-from ..run.setup import computing_dtype, hardware_defaults, run_folder, trl_arguments
+from ..run.setup import check_rows, computing_dtype, hardware_defaults, run_folder, trl_arguments
 from .trainer import GRPOTrainer
 
 COLUMNS = {
@@ -39,16 +39,18 @@ def train(run: GRPORun) -> None:
     set_up_process()
     check_lora(run.model)
     with Pool(VERIFIERS, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
-        _train(run, Rewards(run.rewards, pool))
+        _train(run, pool)
 
 
-def _train(run: GRPORun, rewards: Rewards) -> None:
+def _train(run: GRPORun, pool: Pool) -> None:
     # Before TRL's arguments: once they have set transformers up for ZeRO-3, what is merged here would be sharded.
     weights_path(run.model)
     template = load_template(run.model, run.data.template)
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, template, context, trl_value(run, "max_completion_length"))
     arguments = grpo_arguments(run)
+    check_rows(run, len(dataset))
+    rewards = Rewards(run.rewards, pool, dataset)
     dtype = computing_dtype(arguments, run.model.dtype)
     longest = max(dataset["prompt_length"]) + arguments.max_completion_length
     with run_folder(run, "grpo") as checkpoint, managed_servers(run, dtype, longest, arguments.process_index):

@@ -74,6 +74,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         )  # fmt: skip
         self.pipeline: RolloutPipeline | None = None
         self.batch: RolloutBatch | None = None
+        self.used_prompts: dict[int, set[int]] = {}  # the pipeline's, as a checkpoint had them
         self.micro_batches: list[list[MicroBatch]] = []  # of `batch`, by micro-step
         self.micro_step = 0  # from the run's beginning, with the accumulation of this start
         self.step_seconds = 0.0
@@ -162,7 +163,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         prompts = self.args.generation_batch_size // self.num_generations
         shuffle, seed = self.shuffle_dataset, self.args.seed
         sampler = RepeatSampler(self.train_dataset, self.num_generations, prompts, repeats, shuffle, seed)
-        self.order = PromptOrder(sampler)
+        self.order = PromptOrder(sampler, max(1, self.args.gradient_accumulation_steps // repeats))
         self.schedule = GenerationSchedule(self.args.gradient_accumulation_steps, repeats, self.order.generations)
         return self.order
 
@@ -178,8 +179,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
             self.max_staleness, Reporting(self.log_value, self.watchdog.heartbeat, self.clock), self.traces,
         )  # fmt: skip
         self.micro_step = self.schedule.micro_step_at(self.state.global_step)
-        if all(gather_object([self.batch is not None])):
-            self.pipeline.resume_with(self.batch)
+        self.pipeline.used = self.used_prompts
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the order of an epoch's prompts. A collective where pass rates decide."""
@@ -228,6 +228,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         return {
             **super().state_dict(),
             "batch": vars(self.batch) if self.in_generation() else None,
+            "used_prompts": {step: list(used) for step, used in self.pipeline.used.items()},
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "trace_bytes": self.traces.size() if self.traces else 0,
         }
@@ -235,6 +236,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.batch = None if state["batch"] is None else RolloutBatch(**state["batch"])
+        self.used_prompts = {step: set(used) for step, used in state.get("used_prompts", {}).items()}
         self._metrics["train"].update(state["metrics"])
         if self.traces is not None:
             self.traces.truncate(state["trace_bytes"])

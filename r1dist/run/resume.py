@@ -1,30 +1,63 @@
 """Finding the newest good checkpoint to resume from, and refusing one of another configuration."""
 
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..config.tree import changed_on_resume
+from ..config.tree import changed_on_resume, differences, flat, may_change
 from ..errors import UserError
-from ..files import METRICS, RUN_FILE, TRACES
+from ..files import METRICS, RUN_FILE, TRACES, sha256
 from .checkpoints import STAGING, damage, read_state, step_of
 
 logger = logging.getLogger(__name__)
 
+DATA = re.compile(r"(?:^|\.)(?:(?:sources|holdout|mix)\.\d+\.path|prompting\.examples)$")
 
-def check_same(folder: Path, run_class: type, tree: dict) -> None:
-    """Raises `UserError`, which names the fields, if the run in `folder` has another configuration than `tree`."""
-    before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["config"]
-    if changed := changed_on_resume(run_class, before, tree):
+
+def data_digests(tree: dict) -> dict[str, str]:
+    """Field -> SHA-256 of each local file or folder with data that a configuration names."""
+    named = {field: Path(str(value)) for field, value in flat(tree).items() if DATA.search(field)}
+    return {field: _digest(path) for field, path in named.items() if path.exists()}
+
+
+def _digest(path: Path) -> str:
+    """Of a folder: without what is hidden, and what `datasets` leaves there."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    files = [name for name in files if not name.name.startswith("cache-") and "/." not in f"/{name}"]
+    parts = [f"{name}:{sha256(path / name)}" for name in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def check_same(folder: Path, run_class: type, tree: dict, data: dict[str, str]) -> None:
+    """Raises `UserError`, which names the fields, if the run in `folder` has another configuration or other data.
+
+    Args:
+        tree: This configuration.
+        data: Its `data_digests`. A run that recorded none is not checked for them.
+    """
+    recorded = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    if changed := changed_on_resume(run_class, recorded["config"], tree):
         shown = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in list(changed.items())[:5])
         raise UserError(
             f"output_dir {folder} holds a run of another configuration: {shown}.\n"
             "Restore these fields, or choose another output_dir. docs/configuration_reference.md says what may change."
+        )
+    others = [field for field in differences(recorded.get("data", data), data) if not may_change(run_class, field)]
+    if others:
+        fields = flat(tree)
+        shown = ", ".join(f"{fields[field]} (`{field}`)" for field in others[:5])
+        raise UserError(
+            f"output_dir {folder} holds a run with other data: {shown} has changed since it began.\n"
+            "Restore the data, or choose another output_dir."
         )
 
 

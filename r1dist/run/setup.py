@@ -1,5 +1,6 @@
 """What every trainer of this project decides about TRL's arguments."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..config.loader import as_tree
 from ..config.trl_fields import micro_steps_per_generation, trl_value
 from ..errors import RunStopped, UserError
 from ..files import ENDED, RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
-from .resume import check_same, newest_checkpoint
+from .resume import check_same, data_digests, newest_checkpoint
 
 NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that cannot be looked at without it
 
@@ -81,11 +82,12 @@ def run_folder(run: GRPORun | SFTRun | RewardModelRun, launcher: str) -> Iterato
     resume = broadcast_object_list([run.resume is True or (run.resume == "auto" and (folder / RUN_FILE).exists())])[0]
     if first:
         check_folder(folder, resume)
+        data = data_digests(as_tree(run))
         if resume:
-            check_same(folder, type(run), as_tree(run))
+            check_same(folder, type(run), as_tree(run), data)
     with lock_run_dir(folder) if first else nullcontext():
         if first:
-            write_run_file(folder, launcher, as_tree(run))
+            write_run_file(folder, launcher, as_tree(run), data)
             (folder / ENDED).unlink(missing_ok=True)
         PartialState().wait_for_everyone()
         checkpoint = newest_checkpoint(folder, batch_shape(run)) if resume else None
@@ -97,6 +99,33 @@ def run_folder(run: GRPORun | SFTRun | RewardModelRun, launcher: str) -> Iterato
             if first:
                 write_json(folder / ENDED, {"code": stopped.code, "reason": str(stopped)})
             raise
+
+
+def check_rows(run: GRPORun | SFTRun | RewardModelRun, rows: int, blocks: int | None = None) -> None:
+    """Raises `UserError` if `rows` are too few for one step; `blocks`: into which SFT packs them.
+
+    Call it once TRL's arguments are built, which join the process group.
+    """
+    shape, there = batch_shape(run), rows if blocks is None else blocks
+    if isinstance(run, GRPORun):
+        group = trl_value(run, "num_generations")
+        needed = max(shape.values()) // group
+        what = f"one step needs {needed} prompts ({needed * group} rollouts, `num_generations` {group})"
+        mend = "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`"
+    elif trl_value(run, "dataloader_drop_last"):
+        needed = shape["rows"] // trl_value(run, "gradient_accumulation_steps")
+        what = f"with `dataloader_drop_last` one batch of all processes needs {needed}"
+        mend = "`per_device_train_batch_size`, or leave `dataloader_drop_last` out"
+    else:
+        return
+    if there >= needed:
+        return
+    field = "sources" if isinstance(run, RewardModelRun) else "data.sources"
+    packed, enough = "", f"at least {needed} rows"
+    if blocks is not None:
+        packed = f", packed into {blocks} blocks of `max_length` {trl_value(run, 'max_length')} tokens"
+        enough = f"about {math.ceil(rows * needed / blocks)} rows"
+    raise UserError(f"{field}: {rows} rows are left{packed}; {what}.\nGive {enough}, or lower {mend}.")
 
 
 def batch_shape(run: GRPORun | SFTRun | RewardModelRun) -> dict[str, int]:

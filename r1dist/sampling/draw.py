@@ -28,11 +28,13 @@ from .shards import claim, shards
 logger = logging.getLogger(__name__)
 
 
-def draw(run: SampleRun, number: int, folder: Path, pool: Pool) -> list[Path]:
-    """Complete the journals of `run.generators[number]` in `folder`, and return them; `pool` verifies."""
+def draw(run: SampleRun, number: int, prompts: Dataset, folder: Path, pool: Pool) -> list[Path]:
+    """Complete the journals of `run.generators[number]`, which asks `prompts`, in `folder`, and return them.
+
+    `pool` verifies.
+    """
     generator = run.generators[number]
     template = load_template(generator.model, generator.data.template)
-    prompts = generator_prompts(generator, template)
     parts = shards(folder, generator.name, len(prompts), run.shard)
     longest = max(prompts["prompt_length"]) + _room(generator, template)
     with ExitStack() as stack:
@@ -132,6 +134,7 @@ def _line(row: dict, rollouts: list[Rollout], prefill: str, template: Template, 
     return {
         "prompt_id": row["prompt_id"],
         "problem": row["problem"],
+        "earlier": row["earlier"],
         "answer": row["answer"],
         "source": row["source"],
         "kind": row["kind"],

@@ -9,16 +9,21 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+from datasets import Dataset
+
 from ..config import SampleRun
 from ..config.loader import as_tree
-from ..config.tree import changed_on_resume
+from ..data.sources import load_conversations
+from ..data.templates import load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..files import RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from ..generation.engine import RolloutsLost
 from ..rewards import VERIFIERS
+from ..rewards.golds import check_golds
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
-from .draw import draw
+from ..run.resume import check_same, data_digests
+from .draw import draw, generator_prompts
 from .select import Tally, filters_text, mixed, select
 
 logger = logging.getLogger(__name__)
@@ -35,17 +40,33 @@ def sample(run: SampleRun) -> dict:
     """
     set_up_process()
     folder = Path(run.output_dir)
-    with _ours(run, folder), Pool(VERIFIERS, run.verify) as pool:
-        with _turn(run, folder):
-            _begin(run, folder)
-        journals = {}
-        for number, generator in enumerate(run.generators):
-            try:
-                journals[generator.name] = draw(run, number, folder / SAMPLES, pool)
-            except (RolloutsLost, VerifiersBroken) as error:
-                raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
-        with _turn(run, folder):
-            return _chosen_by_another(run, folder) or _choose(run, folder, journals)
+    with Pool(VERIFIERS, run.verify) as pool:
+        asked = _prompts(run, pool)
+        with _ours(run, folder):
+            with _turn(run, folder):
+                _begin(run, folder)
+            journals = {}
+            for number, generator in enumerate(run.generators):
+                try:
+                    journals[generator.name] = draw(run, number, asked[number], folder / SAMPLES, pool)
+                except (RolloutsLost, VerifiersBroken) as error:
+                    raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
+            with _turn(run, folder):
+                return _chosen_by_another(run, folder) or _choose(run, folder, journals)
+
+
+def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
+    """What each generator asks. Raises `UserError` for data that cannot be used, `mix` included."""
+    if run.mix:
+        load_conversations(run.mix)
+    asked = [
+        generator_prompts(generator, load_template(generator.model, generator.data.template))
+        for generator in run.generators
+    ]
+    for number, prompts in enumerate(asked):
+        if run.filters.correct:
+            check_golds(prompts["answer"], pool, f"generators.{number}.data.sources")
+    return asked
 
 
 def _ours(run: SampleRun, folder: Path) -> AbstractContextManager:
@@ -59,11 +80,12 @@ def _turn(run: SampleRun, folder: Path) -> AbstractContextManager:
 
 
 def _begin(run: SampleRun, folder: Path) -> None:
+    tree, data = as_tree(run), data_digests(as_tree(run))
     if (folder / RUN_FILE).exists():
-        _check_same(folder / RUN_FILE, run)
+        check_same(folder, SampleRun, tree, data)
     else:
         check_folder(folder, resume=False)
-    write_run_file(folder, "sample", as_tree(run))
+    write_run_file(folder, "sample", tree, data)
     (folder / SAMPLES).mkdir(exist_ok=True)
 
 
@@ -78,7 +100,7 @@ def _chosen_by_another(run: SampleRun, folder: Path) -> dict | None:
 def _settings(run: SampleRun) -> str:
     """A digest of what decides which rows are chosen."""
     tree = {field: value for field, value in as_tree(run).items() if field not in INDIFFERENT}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([tree, data_digests(tree)], sort_keys=True).encode()).hexdigest()
 
 
 def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> dict:
@@ -110,14 +132,3 @@ def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> di
     os.replace(partial, folder / ROWS)
     logger.info("%d rows in %s; %s", report["rows"], folder / ROWS, filters_text(tallies))
     return report
-
-
-def _check_same(run_file: Path, run: SampleRun) -> None:
-    """Refuse to continue with samples of other settings."""
-    before = json.loads(run_file.read_text())["config"]
-    if changed := changed_on_resume(SampleRun, before, as_tree(run)):
-        key, (old, new) = next(iter(changed.items()))
-        raise UserError(
-            f"output_dir {run_file.parent} holds samples that were drawn with `{key}` {old!r}, now it is {new!r}.\n"
-            "Choose another --output_dir, or remove that one."
-        )

@@ -1,12 +1,13 @@
 """From the journals to the dataset: filters, a bound of rows for each prompt, no text twice, further rows added."""
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 from ..config import Generator, SampleRun
+from ..data.formats import as_turns
 from ..data.sources import load_conversations
 from .filters import Sample, fault, refine, scores
 
@@ -24,12 +25,13 @@ class Tally:
 
 
 def select(run: SampleRun, generator: Generator, journals: list[Path], seen: set[str], tally: Tally) -> Iterator[dict]:
-    """The rows that `generator` gives, in the order of its prompts; counts into `tally`.
+    """The rows that `generator` gives, up to its share of `run.rows` and to what is left of them; counts into `tally`.
 
-    `seen` holds the completions of the rows so far, of all generators, with white space and case taken out.
+    They come in the order of its prompts, with `run.rows` in one that the seed draws, so that they are no particular
+    ones. `seen` holds the completions of the rows so far, of all generators, with white space and case taken out.
     """
     quota = None if run.rows is None else round(run.rows * generator.share)
-    for line in chain.from_iterable(map(_by_prompt, journals)):
+    for line in _by_prompt(journals, None if run.rows is None else f"{run.seed}:{generator.name}"):
         taken = 0
         tally.prompts += 1
         for index, raw in enumerate(line["samples"]):
@@ -44,6 +46,8 @@ def select(run: SampleRun, generator: Generator, journals: list[Path], seen: set
                 reason = "enough of this prompt"
             if reason is None and tally.kept == quota:
                 reason = "enough of this generator"
+            if reason is None and len(seen) == run.rows:
+                reason = "enough rows"
             tally.samples += 1
             tally.tokens += sample.tokens
             if reason is not None:
@@ -73,23 +77,29 @@ def filters_text(tallies: dict[str, Tally]) -> str:
     return "; ".join(parts)
 
 
-def _by_prompt(journal: Path) -> Iterator[dict]:
-    """The journal's lines by prompt, whichever was finished first; one at a time in memory."""
-    with journal.open("rb") as file:
-        places = {}
-        place = 0
-        for line in file:
-            places[json.loads(line)["prompt_id"]] = place
-            place += len(line)
-        for _, place in sorted(places.items()):
+def _by_prompt(journals: list[Path], seed: str | None) -> Iterator[dict]:
+    """The journals' lines by prompt, whichever was finished first, or shuffled by `seed`; one at a time in memory."""
+    places = {}
+    for journal in journals:
+        with journal.open("rb") as file:
+            place = 0
+            for line in file:
+                places[json.loads(line)["prompt_id"]] = (journal, place)
+                place += len(line)
+    prompts = sorted(places)
+    if seed is not None:
+        random.Random(seed).shuffle(prompts)
+    for prompt in prompts:
+        journal, place = places[prompt]
+        with journal.open("rb") as file:
             file.seek(place)
             yield json.loads(file.readline())
 
 
 def _row(run: SampleRun, generator: Generator, line: dict, text: str, index: int, raw: dict, scored: dict) -> dict:
-    turns = [{"role": "user", "content": line["problem"]}, {"role": "assistant", "content": text}]
+    exchanges = [*line.get("earlier", []), {"question": line["problem"], "reply": text}]
     return {
-        "messages": turns,
+        "messages": [turn for exchange in exchanges for turn in as_turns(exchange)],
         "answer": line["answer"],
         "source": line["source"],
         "kind": line["kind"],

@@ -1,6 +1,7 @@
 """SFT on completions: TRL's trainer, packed, with over-long rows dropped before packing could cut them."""
 
 import trl
+from datasets import Dataset
 
 from ..adapters import lora_config, save_trained
 from ..config import SFTRun
@@ -11,11 +12,13 @@ from ..models import check_lora, model_init_kwargs, weights_path
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
 from ..run.progress import show_progress
-from ..run.setup import hardware_defaults, run_folder, trl_arguments
+from ..run.setup import check_rows, hardware_defaults, run_folder, trl_arguments
 
 COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
 # Packing joins rows to blocks of max_length; the loss falls on completions only.
 DEFAULTS = {"packing": True, "completion_only_loss": True}
+
+PACKED_TOGETHER = 1000  # rows: the batches of `datasets.map`, by which TRL packs
 
 
 class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
@@ -34,11 +37,13 @@ def train(run: SFTRun) -> None:
         **{**DEFAULTS, **hardware_defaults(run.trl)},
         model_init_kwargs=model_init_kwargs(run.model),
     )
+    counts = arguments.packing and arguments.dataloader_drop_last
+    check_rows(run, len(dataset), packed_blocks(dataset["length"], arguments) if counts else None)
     with run_folder(run, "sft") as checkpoint:
         trainer = SFTTrainer(
             model=weights,
             args=arguments,
-            train_dataset=dataset,
+            train_dataset=dataset.remove_columns("length"),
             processing_class=template.tokenizer,
             peft_config=lora_config(run.model.lora),
             stall_timeout=run.train.stall_timeout,
@@ -47,3 +52,12 @@ def train(run: SFTRun) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         save_trained(trainer, run.model)
         trainer.accelerator.end_training()  # as in grpo.py
+
+
+def packed_blocks(lengths: list[int], arguments: trl.SFTConfig) -> int:
+    """The blocks that TRL packs rows of so many tokens into."""
+    blocks = 0
+    for start in range(0, len(lengths), PACKED_TOGETHER):
+        rows = Dataset.from_dict({"input_ids": [[0] * n for n in lengths[start : start + PACKED_TOGETHER]]})
+        blocks += len(trl.pack_dataset(rows, arguments.max_length, arguments.packing_strategy))
+    return blocks

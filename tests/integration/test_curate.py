@@ -96,15 +96,46 @@ def test_rows_come_by_prompt_without_repeats_and_up_to_the_bounds(tmp_path):
     rows, tally = chosen(
         tmp_path, run, line(2, GOOD, other), line(0, GOOD, GOOD.replace(" ", "  "), other, third), line(1, "no", GOOD)
     )
-    assert [(r["provenance"]["prompt_id"], r["provenance"]["sample_index"]) for r in rows] == [(0, 0), (0, 2), (1, 1)]
+    assert [(r["provenance"]["prompt_id"], r["provenance"]["sample_index"]) for r in rows] == [(1, 1), (0, 0), (0, 2)]
     assert (tally.prompts, tally.samples, tally.kept) == (3, 8, 3)
     assert tally.dropped == {"seen before": 1, "enough of this prompt": 1, "format": 1, "enough of this generator": 2}
-    first = rows[0]
+    first = rows[1]
     assert [turn["role"] for turn in first["messages"]] == ["user", "assistant"]
     assert first["messages"][1]["content"] == GOOD and first["messages"][0]["content"] == "p0"
     assert {"generator": "only", "model": "tiny", "seed": 7, "temperature": 1.0, "accuracy": 1.0}.items() <= first[
         "provenance"
     ].items()
+
+
+def test_rows_is_the_total_and_they_are_of_prompts_that_the_seed_draws(tmp_path):
+    def rows_of(seed, rows, shard=30):
+        run = SampleRun(output_dir="x", generators=[generator(name) for name in ("a", "b", "c")], rows=rows, seed=seed)
+        seen: set[str] = set()
+        found = []
+        for one in run.generators:
+            journals = [tmp_path / f"{one.name}{shard}.{begin}.jsonl" for begin in range(0, 30, shard)]
+            for number, journal in enumerate(journals):
+                texts = [GOOD.replace("1+2", f"{one.name} {n} 1+2") for n in range(shard)]
+                journal.unlink(missing_ok=True)
+                append_lines(journal, [line(number * shard + n, text) for n, text in enumerate(texts)])
+            tally = Tally()
+            found.append([r["provenance"]["prompt_id"] for r in select(run, one, journals, seen, tally)])
+        return found, tally
+
+    (first, second, third), tally = rows_of(0, rows=40)
+    assert (len(first), len(second), len(third)) == (30, 10, 0) and tally.dropped == {"enough rows": 30}
+    assert second != list(range(10)) and len(set(second)) == 10
+    assert rows_of(0, rows=40)[0] == [first, second, third] == rows_of(0, rows=40, shard=10)[0]
+    assert rows_of(1, rows=40)[0][1] != second
+    assert rows_of(0, rows=None)[0] == [list(range(30))] * 3
+
+
+def test_the_turns_before_a_problem_are_part_of_its_row(tmp_path):
+    run = SampleRun(output_dir="x", generators=[generator()])
+    earlier = {"earlier": [{"question": "1+0?", "reply": "1"}]}
+    (row,), _ = chosen(tmp_path, run, line(0, GOOD) | earlier)
+    assert [turn["content"] for turn in row["messages"]] == ["1+0?", "1", "p0", GOOD]
+    assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 2
 
 
 def test_mixed_rows_are_taken_as_they_are(tmp_path):
@@ -164,7 +195,7 @@ def test_killed_and_started_again_it_neither_loses_nor_repeats(tmp_path, small):
         with journal.open("a") as file:
             file.write('{"prompt_id": 4')  # cut off in the middle of a line
     changed = launch("sample.py", "--config", config, "--generators.0.sampling.temperature", "0.5")
-    assert changed.returncode == 2 and "`generators.0.sampling.temperature` 1.0, now it is 0.5" in changed.stderr
+    assert changed.returncode == 2 and "generators.0.sampling.temperature was 1.0, is 0.5" in changed.stderr
     done = launch("sample.py", "--config", config)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == report

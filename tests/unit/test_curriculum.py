@@ -59,6 +59,15 @@ def test_dropped_prompts_are_replaced_and_none_is_asked_twice_in_a_generation():
     assert max(Counter(flat).values()) <= 3  # shared out evenly: 5 places for 5 prompts, unless one is there already
 
 
+def test_none_is_asked_twice_in_an_optimizer_step_of_several_generations():
+    """In both, it would draw the same samples."""
+    order = PromptOrder(RepeatSampler(range(PROMPTS), GROUP, GENERATION, 1, seed=5), per_step=2)
+    order.pass_rate_filter = PassRateFilter(tuple(range(10)), frozenset({10, 11}))
+    for epoch in range(20):
+        asked = [set(order.generation(epoch * order.generations + number)) for number in range(2)]
+        assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 2 * GENERATION
+
+
 def test_where_too_few_are_kept_the_dropped_stay():
     kept = PassRateFilter((0,), frozenset(range(1, PROMPTS)))
     assert [generation.count(0) for generation in order_of(1, kept)] == [1, 1, 1]

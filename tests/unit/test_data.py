@@ -72,7 +72,7 @@ def test_rows_without_an_answer_are_counted_and_refused_as_a_majority(tmp_path, 
         assert len(load_problems([source])) == 6
     assert "left out 4 of 10 rows" in caplog.text
     source.path = jsonl(tmp_path / "worse.jsonl", rows[3:])
-    with pytest.raises(UserError, match="4 of 7 rows have no answer in column `a` read as `hashes`"):
+    with pytest.raises(UserError, match="4 of 7 rows cannot be used: 4 with no answer in column `a` read as `hashes`"):
         load_problems([source])
 
 

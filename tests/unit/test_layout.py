@@ -70,6 +70,13 @@ def test_no_module_imports_itself_through_others():
         visit(name, ())
 
 
+def test_datasets_are_mapped_by_the_one_function_whose_cache_follows_the_code():
+    for path in SOURCES:
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        methods = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+        assert not methods & {"map", "filter"} or path == PACKAGE / "data" / "mapping.py", path
+
+
 def test_sizes():
     for path in SOURCES:
         assert len(path.read_text().splitlines()) <= 400, path

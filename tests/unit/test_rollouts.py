@@ -170,20 +170,25 @@ def test_nothing_happens_where_no_prompt_is_left(template, pool):
     assert batch.rollout_ids[0] == (0, 0, 0)
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_no_prompt_of_the_optimizer_step_is_drawn_again(template, pool, resumed):
+def test_no_prompt_of_the_optimizer_step_is_drawn_again(template, pool):
     """Two generations to a step: in both, the same prompt would have the same seeds."""
-    given = dict(prompts=3, times=9, accumulation=2)
-    pipeline, engine, *_ = pipeline_of(template, Scored(pool), **given)
-    first = pipeline.next_batch(0)
-    if resumed:
-        pipeline, engine, *_ = pipeline_of(template, Scored(pool), **given)
-        pipeline.resume_with(first)
-    second = pipeline.next_batch(1)
+    pipeline, engine, *_ = pipeline_of(template, Scored(pool), prompts=3, times=9, accumulation=2)
+    first, second = pipeline.next_batch(0), pipeline.next_batch(1)
     ids = [{(prompt, index) for _, prompt, index in batch.rollout_ids} for batch in (first, second)]
     assert not ids[0] & ids[1] and all(prompt % 2 for prompt, _ in ids[0])
     asked = [p for prompts in engine.asked for p in prompts]
     assert len(asked) == len(set(asked))
+
+
+def test_resumed_within_a_step_the_same_prompts_are_drawn(template, pool):
+    """Those of the first generation that were of no use, too, are drawn no more."""
+    given = dict(prompts=3, times=2, accumulation=2, dataset=40)
+    whole, _, *_ = pipeline_of(template, Scored(pool), **given)
+    kept = {prompt for _, prompt, _ in whole.next_batch(0).rollout_ids}
+    resumed, *_ = pipeline_of(template, Scored(pool), **given)
+    resumed.used = whole.used
+    assert whole.used[0] > kept | {0, 1, 2, 3, 4, 5}
+    assert resumed.next_batch(1).rollout_ids == whole.next_batch(1).rollout_ids
 
 
 def test_other_prompts_are_drawn_by_the_seed(template, pool):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from sympy import Expr
 
+from ...data.formats import boxes, with_braces
 from .units import measure
 
 TAIL = 10_000
@@ -27,9 +28,6 @@ SIGNS = str.maketrans(
      "€": " euros ", "£": " pounds ", "¥": " yen "}
 )  # fmt: skip
 SUPERSCRIPTS, RAISED = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+"), str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-NESTED = re.compile(r"\\(?:boxed|fbox)")
-BARE_BOX = re.compile(r"\\(boxed|fbox)\s+([^\s{}\\$]+)")
 ANCHOR = re.compile(r"(?:\banswers?\b[^.\n:=]{0,60}?(?:\b(?:is|are)\b|[:=])|####)[\s:=*]*", re.IGNORECASE)
 BOLD = re.compile(r"(?<![\w)*])\*\*([^*]+)\*\*(?![\w(*])")
 SPACE = re.compile(r"(?<!\\)\\(?:[,;:! \n]|q?quad(?![A-Za-z])|(?:left|right)(?![A-Za-z])\.?)|~")
@@ -98,10 +96,10 @@ class Formula(NamedTuple):
 
 def statement(text: str) -> Statement:
     """What `text` commits to; empty if it has an unclosed box only."""
-    text = BARE_BOX.sub(r"\\\1{\2}", text[-TAIL:].replace(r"\\boxed", r"\boxed"))
-    boxes = _boxes(text)
-    if boxes:
-        text = ", ".join(boxes if len(set(boxes)) > 1 else boxes[:1])
+    text = with_braces(text[-TAIL:])
+    boxed = _boxes(text)
+    if boxed:
+        text = ", ".join(boxed if len(set(boxed)) > 1 else boxed[:1])
     elif r"\boxed{" in text:
         return Statement("", False)
     text = tidy(text)
@@ -190,21 +188,18 @@ def _digits(formula: str) -> str:
 
 
 def _boxes(text: str) -> list[str]:
-    r"""What the last of the innermost `\boxed{}` holds, braces balanced, and what those close before it do."""
-    boxes: list[str] = []
-    open_braces, end = [], 0
-    for found in BOX.finditer(text):
-        if found[0].endswith("{") and found[0] != r"\{":
-            open_braces.append(found.end() if len(found[0]) > 1 else None)
-        elif found[0] == "}" and open_braces:
-            begin = open_braces.pop()
-            if begin is not None and not NESTED.search(text, begin, found.start()):
-                between = text[end:begin]
-                if len(between) > 90 or (len(between) > 18 and not re.search(r"\b(?:and|or)\b|[,;]", between)):
-                    boxes.clear()
-                boxes.append(text[begin : found.start()].strip())
-                end = found.end()
-    return boxes
+    r"""What the last of the innermost `\boxed{}` holds, and what those close before it do."""
+    found: list[str] = []
+    last = 0
+    for begin, end in boxes(text):
+        if end is None:
+            continue
+        between = text[last:begin]
+        if len(between) > 90 or (len(between) > 18 and not re.search(r"\b(?:and|or)\b|[,;]", between)):
+            found.clear()
+        found.append(text[begin:end].strip())
+        last = end + 1
+    return found
 
 
 def _joined_formulas(text: str) -> list[tuple[int, int, str]]:

@@ -1,0 +1,156 @@
+"""Rows as a source has them: of a hub id, a local folder or file, or the tiny problem generator."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, LargeList, List, load_dataset
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.features import Json
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from ..config import Source
+from ..errors import UserError
+from ..tiny import talk, worked
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves: of a Dataset, a DatasetDict
+TINY_DEFAULT_ROWS = 4096
+GENERATED: dict[str, Callable[[Source], list[dict]]] = {
+    "tiny": lambda source: worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split),
+    "tiny_talk": lambda source: talk.rows(source.seed, source.split, unsafe=False),
+    "tiny_unsafe": lambda source: talk.rows(source.seed, source.split, unsafe=True),
+    "tiny_pairs": lambda source: talk.pairs(source.seed, source.split),
+    "tiny_judged": lambda source: talk.judged(source.seed, source.split),
+}
+
+
+def read(source: Source) -> Dataset:
+    """The source's rows with its own columns, up to its `limit`.
+
+    Raises `UserError` for what is not there, cannot be read or holds no rows.
+    """
+    if source.path in GENERATED:
+        if source.split not in ("train", "test"):
+            raise UserError(f"data.sources: {source.path} has no split `{source.split}`; it has train, test.")
+        return Dataset.from_list(GENERATED[source.path](source)[: source.limit])
+    path = Path(source.path)
+    if path.is_file() and path.suffix not in READERS:
+        raise UserError(f"data.sources: {path} is no {', '.join(READERS)} file, and no folder.")
+    if path.suffix in READERS and not path.is_dir():
+        raw = _from_file(source, path)
+    elif (path / SAVED_SPLITS).is_file():
+        raw = _from_saved_splits(source, path)
+    elif (path / SAVED).is_file():
+        raw = _from_saved(source, path)
+    else:
+        raw = _load(source, source.path, name=source.subset, split=source.split)
+    if len(raw) == 0:
+        raise _no_rows(source)
+    return raw.select(range(min(source.limit, len(raw)))) if source.limit else raw
+
+
+def value_of(row: Any, name: str) -> Any:
+    """What a row has in the column `name`; of nested columns, dots lead to the inner ones."""
+    if not isinstance(row, Mapping):
+        return None
+    outer, _, inner = name.partition(".")
+    return row[name] if name in row else value_of(row.get(outer), inner) if inner else None
+
+
+def require_columns(source: Source, raw: Dataset, columns: dict[str, str | list[str] | None]) -> None:
+    """Raises `UserError` where a field (of `columns`: field -> column) names none, or one that is not there."""
+    for field, named in columns.items():
+        if named is None:
+            there = ", ".join(_leaves(raw))
+            raise UserError(f"data.sources: {source.path} needs `{field}`; its columns are {there}.")
+        for column in [named] if isinstance(named, str) else named:
+            if not _is_there(raw, column):
+                there = ", ".join(_leaves(raw))
+                raise UserError(f"data.sources: {source.path} has no column `{column}` (`{field}`); it has {there}.")
+
+
+def holds_lists(raw: Dataset, column: str) -> bool:
+    """Whether a value of `column` is a list."""
+    feature = raw.features.get(column)
+    if feature is None or isinstance(feature, Json):
+        return any(isinstance(value_of(row, column), list) for row in raw)
+    return isinstance(feature, List | LargeList)
+
+
+def _is_there(raw: Dataset, column: str) -> bool:
+    return column in raw.column_names or any(
+        leaf == column or leaf.startswith(f"{column}.") for leaf in _leaves(raw) if "." in leaf
+    )
+
+
+def _leaves(raw: Dataset) -> list[str]:
+    """The names of all columns, of nested ones those of the inner ones, with dots."""
+    found: dict[str, None] = {}
+    for name, feature in raw.features.items():
+        if isinstance(feature, Json):  # each row may have other inner columns
+            inner = dict.fromkeys(leaf for value in raw[name] for leaf in _inner(value))
+        else:
+            inner = dict.fromkeys(_inner(feature))
+        found |= dict.fromkeys(f"{name}.{leaf}" if leaf else name for leaf in inner or [""])
+    return list(found)
+
+
+def _inner(nested: Any) -> Iterator[str]:
+    if not isinstance(nested, dict):
+        return
+    for name, value in nested.items():
+        below = list(_inner(value))
+        yield from (f"{name}.{leaf}" for leaf in below) if below else [name]
+
+
+def _from_file(source: Source, path: Path) -> Dataset:
+    if not path.is_file():
+        raise UserError(f"data.sources: there is no file {path}.")
+    if path.stat().st_size == 0:
+        raise _no_rows(source)
+    return _load(source, READERS[path.suffix], data_files=str(path), split="train")
+
+
+def _from_saved_splits(source: Source, path: Path) -> Dataset:
+    splits = json.loads((path / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+    if source.split not in splits:
+        raise UserError(f"data.sources: {path} has no split `{source.split}`; it has {', '.join(splits)}.")
+    return _from_saved(source, path / source.split)
+
+
+def _from_saved(source: Source, path: Path) -> Dataset:
+    """Not by `load_from_disk`, which would leave the results of `map` in that folder."""
+    state = json.loads((path / SAVED).read_text(encoding="utf-8"))
+    if state["_split"] not in (None, source.split):
+        raise UserError(f"data.sources: {path} has no split `{source.split}`; it has {state['_split']}.")
+    files = [str(path / part["filename"]) for part in state["_data_files"]]
+    return _load(source, "arrow", data_files=files, split="train")
+
+
+def _load(source: Source, *arguments: Any, **options: Any) -> Dataset:
+    try:
+        return load_dataset(*arguments, **options)
+    except DatasetGenerationError as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        kind = Path(source.path).suffix[1:]
+        what = f"no readable {kind} file" if kind else "not readable"
+        raise UserError(f"data.sources: {source.path} is {what}: {cause}") from error
+    except EmptyDatasetError as error:
+        raise _no_rows(source) from error
+    except (ConnectionError, OfflineModeIsEnabled, DatasetNotFoundError, HfHubHTTPError) as error:
+        raise UserError(
+            f"data.sources: {source.path} is no local file or folder, and the hub does not give it "
+            f"({type(error).__name__}).\nCheck the name and the network, or set `path` to a local copy."
+        ) from error
+    except ValueError as error:  # it names the subsets or splits that there are
+        cause = " ".join(str(error).partition("Example")[0].split())
+        raise UserError(
+            f"data.sources: {source.path} with `subset` {source.subset} and `split` {source.split}: {cause}"
+        ) from error
+
+
+def _no_rows(source: Source) -> UserError:
+    return UserError(f"data.sources: {source.path} holds no rows.")
