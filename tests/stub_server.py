@@ -39,12 +39,16 @@ class StubServer:
         app = web.Application()
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/weight_info", self._info)
+        app.router.add_get("/health", self._health)
         app.router.add_post("/{control}", self._control)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         return f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
 
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version})
