@@ -16,7 +16,7 @@ from ..data.prompts import prompt_dataset
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
-from ..generation.trainer_engines import local_engine, managed_servers, server_engine
+from ..generation.trainer_engines import local_engine, server_engine, training_servers
 from ..models import check_lora, load_model_config, load_tokenizer, model_init_kwargs, weights_path
 from ..rewards import VERIFIERS, Rewards
 from ..rewards.pool import Pool
@@ -50,8 +50,8 @@ def _train(run: GRPORun, rewards: Rewards) -> None:
     dataset = prompt_dataset(run.data, tokenizer, run.model.path, context, trl_value(run, "max_completion_length"))
     arguments = grpo_arguments(run)
     dtype = computing_dtype(arguments, run.model.dtype)
-    longest = max(dataset["prompt_length"]) + arguments.max_completion_length
-    with run_folder(run, "grpo") as checkpoint, managed_servers(run, dtype, longest, arguments.process_index):
+    servers = training_servers(run, dtype, tokenizer, dataset["prompt_ids"], arguments.process_index)
+    with run_folder(run, "grpo") as checkpoint, servers:
         trainer = build_trainer(run, arguments, tokenizer, dataset, rewards)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -22,11 +22,21 @@ from ..data.templates import prompt_ids
 from ..files import append_lines
 from ..generation.engine import Engine, Request, Rollout, Sampling, sample_seed
 from ..generation.inference import fixed_engine
+from ..generation.vllm.limits import Demand
+from ..generation.vllm.start import check_servers
 from ..models import load_model_config, load_tokenizer
 from ..rewards.pool import Pool
 from .shards import claim, shards
 
 logger = logging.getLogger(__name__)
+
+
+def check_servers_of(run: SampleRun, generator: Generator) -> None:
+    """Raises `UserError` where `run`'s servers cannot do what `generator` will ask of them."""
+    if run.rollout.engine == "vllm":
+        tokenizer = load_tokenizer(generator.model)
+        prompts = generator_prompts(generator, tokenizer)
+        check_servers(run.rollout, _demand(generator, tokenizer, prompts), generator.model.dtype, trainers=0)
 
 
 def draw(run: SampleRun, number: int, folder: Path, pool: Pool) -> list[Path]:
@@ -35,13 +45,16 @@ def draw(run: SampleRun, number: int, folder: Path, pool: Pool) -> list[Path]:
     tokenizer = load_tokenizer(generator.model)
     prompts = generator_prompts(generator, tokenizer)
     parts = shards(folder, generator.name, len(prompts), run.shard)
-    longest = max(prompts["prompt_length"]) + _room(generator, tokenizer)
+    demand = _demand(generator, tokenizer, prompts)
     with ExitStack() as stack:
         engine = None
         for shard, done in claim(parts):
             if engine is None:  # where nothing is missing, no model is loaded
                 logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder
-                engine = stack.enter_context(fixed_engine(run.rollout, generator.model, tokenizer, longest, logs))
+                check_servers(run.rollout, demand, generator.model.dtype, trainers=0)
+                engine = stack.enter_context(
+                    fixed_engine(run.rollout, generator.model, tokenizer, demand.tokens, logs)
+                )
             asked = prompts.select(range(shard.begin, shard.end))
             logger.info("%s: %d of %d prompts to go", shard.journal.stem, len(asked) - len(done), len(asked))
             fill(run, number, asked, engine, tokenizer, shard.journal, done, pool)
@@ -101,6 +114,11 @@ def _prefill(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> list[i
 def _room(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that the model must hold besides the prompt."""
     return generator.sampling.max_tokens + len(_prefill(generator, tokenizer))
+
+
+def _demand(generator: Generator, tokenizer: PreTrainedTokenizerBase, prompts: Dataset) -> Demand:
+    longest = max(prompts["prompt_ids"], key=len) + _prefill(generator, tokenizer)
+    return Demand(generator.model, tokenizer, longest, generator.sampling.max_tokens, trains=False)
 
 
 def _batches(run: SampleRun, generator: Generator, prompts: Dataset, done: set[int]) -> Iterator[list[dict]]:

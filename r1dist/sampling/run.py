@@ -18,7 +18,7 @@ from ..generation.engine import RolloutsLost
 from ..rewards import VERIFIERS
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
-from .draw import draw
+from .draw import check_servers_of, draw
 from .select import Tally, filters_text, mixed, select
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ def sample(run: SampleRun) -> dict:
     """
     set_up_process()
     folder = Path(run.output_dir)
+    if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
+        for generator in run.generators:
+            check_servers_of(run, generator)
     with _ours(run, folder), Pool(VERIFIERS, run.verify) as pool:
         with _turn(run, folder):
             _begin(run, folder)

@@ -11,6 +11,9 @@ import aiohttp
 from ..engine import RolloutsLost, Sampling
 from .plugin.guard import ENGINE_HEADER
 
+UNTOUCHED = "default"
+"""What vLLM calls the weights that a server came up with."""
+
 
 class ServerError(Exception):
     """A server did not do what was asked of it. `kind` is a short word to count by."""

@@ -19,7 +19,7 @@ import aiohttp
 from ...config import Rollout as RolloutSettings
 from ..engine import GenerationHandle, Request, Rollout, RolloutsLost, Sampling
 from ..weight_sync.transports import Transport
-from .client import Client, Completion, ServerError, open_session
+from .client import UNTOUCHED, Client, Completion, ServerError, open_session
 from .dispatch import Dispatcher, Group, ServerState, groups_of
 from .endpoints import ServerRegistry
 from .liveness import Liveness
@@ -27,7 +27,6 @@ from .liveness import Liveness
 logger = logging.getLogger(__name__)
 
 MONITOR_SECONDS = 1.0
-UNTOUCHED = "default"  # what vLLM calls the weights that a server came up with
 
 
 @dataclass(frozen=True)

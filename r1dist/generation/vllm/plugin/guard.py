@@ -25,7 +25,7 @@ class TokenGuard:
         self.app = app
         self.expected = f"Bearer {os.environ[TOKEN]}".encode()
         self.running = 0
-        self.engine: list = []
+        self.engine = []
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
