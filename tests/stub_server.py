@@ -1,10 +1,14 @@
 """A stand-in for a vLLM server that answers at once, and wrongly if told to. For what real servers will not do."""
 
 import asyncio
+import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 from aiohttp import web
+
+from r1dist.generation.vllm.plugin.guard import ENGINE_HEADER
 
 LOGPROB = -1.0
 
@@ -13,13 +17,24 @@ class StubServer:
     """Speaks the part of vLLM's HTTP that the engine uses, in a thread of its own.
 
     `misbehave(kind)` makes every completion after it wrong: an HTTP status as text, `garbage`, `empty`,
-    `choices`, `nan`, `hang`; None makes it right again.
+    `choices`, `nan`, `hang`; None makes it right again. `hold(prompt, times)` never answers that prompt so often.
     """
 
     def __init__(self, tokens: int = 4):
         self.tokens = tokens
         self.version = "default"
         self.wrong: str | None = None
+        self.delay = 0.0  # seconds for a completion
+        self.busy = False  # its engine computes and answers nothing else
+        self.engine: dict | None = None  # what the middleware tells of it
+        self.models = {"max_model_len": 256, "root": "some/model"}
+        self.settings = {
+            "weight_transfer_config": {"backend": "shm"},
+            "scheduler_config": {"enable_chunked_prefill": False},
+            "device_config": {"device": "cpu"},
+        }
+        self.tokenize: Callable[[str], list[int]] = list
+        self.held: Counter[tuple[int, ...]] = Counter()
         self.asked: Counter[str] = Counter()
         self.seeds: list[int] = []
         self._stopping = asyncio.Event()
@@ -30,6 +45,9 @@ class StubServer:
     def misbehave(self, kind: str | None) -> None:
         self.wrong = kind
 
+    def hold(self, prompt: list[int], times: int) -> None:
+        self.held[tuple(prompt)] = times
+
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
@@ -39,6 +57,10 @@ class StubServer:
         app = web.Application()
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/weight_info", self._info)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/server_info", self._server_info)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/{control}", self._control)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
@@ -46,7 +68,21 @@ class StubServer:
         await site.start()
         return f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
 
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(headers={} if self.engine is None else {ENGINE_HEADER: json.dumps(self.engine)})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [self.models]})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"vllm_config": self.settings})
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"tokens": self.tokenize((await request.json())["prompt"])})
+
     async def _info(self, request: web.Request) -> web.Response:
+        while self.busy:
+            await asyncio.sleep(0.05)
         return web.json_response({"weight_version": self.version})
 
     async def _control(self, request: web.Request) -> web.Response:
@@ -62,6 +98,10 @@ class StubServer:
             positions = [None, *({str(token): {"logprob": LOGPROB}} for token in body["prompt"][1:])]
             return web.json_response({"choices": [{"prompt_logprobs": positions}]})
         self.asked["completions"] += 1
+        if self.held[tuple(body["prompt"])]:
+            self.held[tuple(body["prompt"])] -= 1
+            await self._stopping.wait()
+        await asyncio.sleep(self.delay)
         if self.wrong is None:
             self.seeds += range(body["seed"], body["seed"] + body["n"])
         elif self.wrong.isdigit():

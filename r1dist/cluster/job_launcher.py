@@ -29,6 +29,7 @@ from ..errors import Interrupted, RunStopped, StageFailed, UserError
 from ..files import LOGS, SERVERS, lock_run_dir
 from ..generation.ports import free_port
 from ..generation.vllm.endpoints import OWNER_ONLY, read
+from ..generation.vllm.start import require_length
 from ..generation.weight_sync.scratch import clear
 from ..models import load_model_config
 from ..pipeline.graph import KINDS
@@ -72,11 +73,13 @@ class JobLauncher:
         where = str(config_path(arguments) or "the command line")
         validate(self.config, where, self.placement.world if self.kind.trains else None)
         self.asked = asked
+        self.served_length: int | None = None
+        """Of the servers on nodes of their own: the longest prompt and completion, once it is known."""
         self._before: dict[Path, int] = {}
 
     def plan(self) -> str:
         """The placement, and each command."""
-        commands = [self._serve(node, None) for node in self._serving()] + [self._work(0)]
+        commands = [self._serve(node) for node in self._serving()] + [self._work(0)]
         return "\n".join([self.placement.table(), *map(shlex.join, commands)])
 
     def run(self) -> None:
@@ -87,6 +90,8 @@ class JobLauncher:
                 "launch/slurm/, or leave it out."
             )
         print(self.placement.table(), flush=True)
+        if self.kind.trains and self.placement.serve_nodes:
+            self.served_length = require_length(self.config.rollout.serve, longest(self.config))
         # Two jobs in one folder would take each other's servers; samplers are meant to be many.
         with lock_run_dir(self.logs) if self.kind.trains else nullcontext():
             self._go()
@@ -135,10 +140,8 @@ class JobLauncher:
         clear(self.apart)
         self._token().touch(OWNER_ONLY)
         self._token().write_text(secrets.token_urlsafe(32))
-        tokens = longest(self.config)
         servers = [
-            NodeServers(self._serve(node, tokens), self._endpoints(node), self._serve_log(node))
-            for node in self._serving()
+            NodeServers(self._serve(node), self._endpoints(node), self._serve_log(node)) for node in self._serving()
         ]
         try:
             deadline = time.monotonic() + self.config.rollout.serve.start_timeout
@@ -166,8 +169,8 @@ class JobLauncher:
     def _token(self) -> Path:
         return self.apart / "token"
 
-    def _serve(self, node: int, tokens: int | None) -> list[str]:
-        """The command of one node's servers; `tokens` is the longest prompt and completion, once it is known."""
+    def _serve(self, node: int) -> list[str]:
+        """The command of one node's servers."""
         rollout, placement = self.config.rollout, self.placement
         gpus = placement.machines.gpus
         serve = dataclasses.replace(
@@ -177,7 +180,7 @@ class JobLauncher:
             devices=",".join(map(str, range(gpus))) if gpus else None,
             host=self.cluster.addresses[node],
             dtype=served_dtype(self.config),
-            max_model_len=rollout.serve.max_model_len or tokens,
+            max_model_len=self.served_length or rollout.serve.max_model_len,
         )
         words = [sys.executable, str(ROOT / "launch" / "serve.py"), "--model.path", self.config.model.path]
         words += ["--endpoints", str(self._endpoints(node)), "--token_file", str(self._token())]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,12 +13,15 @@ from trl.trainer.utils import selective_log_softmax
 
 from ..config import GRPORun
 from ..config import Rollout as RolloutSettings
+from ..config.trl_fields import trl_value
+from ..data.templates import Template
 from ..files import SERVERS
 from ..models import weights_path
 from .engine import Engine
 from .local import InProcessEngine
 from .vllm.engine import Policy
-from .vllm.start import connect, start_managed
+from .vllm.limits import Demand
+from .vllm.start import check_servers, connect, start_managed
 from .weight_sync.source import WeightSource
 
 PROBE_TOKENS = 32
@@ -64,18 +67,28 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
     return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy, accelerator.num_processes)
 
 
-@contextmanager
-def managed_servers(run: GRPORun, dtype: str, tokens: int, rank: int) -> Iterator[None]:
+def training_servers(
+    run: GRPORun, dtype: str, template: Template, prompts: list[list[int]], rank: int
+) -> AbstractContextManager:
     """This run's own servers, if it has any, which start while the trainer is built; the first rank starts them.
+
+    Raises `UserError` at once where the servers, these or others, cannot do what the run will ask of them.
 
     Args:
         dtype: What they compute in.
-        tokens: The longest prompt and completion together.
+        prompts: The token ids of each.
     """
-    if run.rollout.engine != "vllm" or run.rollout.servers != "managed" or rank != 0:
-        yield
-        return
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    completion = trl_value(run, "max_completion_length")
+    demand = Demand(run.model, template.tokenizer, max(prompts, key=len), completion, trains=True)
+    check_servers(run.rollout, demand, dtype, trainers)
+    if run.rollout.engine != "vllm" or run.rollout.servers != "managed" or rank != 0:
+        return nullcontext()
+    return _managed(run, dtype, demand.tokens, trainers)
+
+
+@contextmanager
+def _managed(run: GRPORun, dtype: str, tokens: int, trainers: int) -> Iterator[None]:
     folder = _servers_folder(run.trl["output_dir"])
     servers = start_managed(run.rollout, weights_path(run.model), dtype, tokens, folder, trainers)
     try:

@@ -16,7 +16,7 @@ from ..data.templates import Template, load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
-from ..generation.trainer_engines import local_engine, managed_servers, server_engine
+from ..generation.trainer_engines import local_engine, server_engine, training_servers
 from ..models import check_lora, load_model_config, model_init_kwargs, weights_path
 from ..rewards import VERIFIERS, Rewards
 from ..rewards.pool import Pool
@@ -52,8 +52,8 @@ def _train(run: GRPORun, pool: Pool) -> None:
     check_rows(run, len(dataset))
     rewards = Rewards(run.rewards, pool, dataset)
     dtype = computing_dtype(arguments, run.model.dtype)
-    longest = max(dataset["prompt_length"]) + arguments.max_completion_length
-    with run_folder(run, "grpo") as checkpoint, managed_servers(run, dtype, longest, arguments.process_index):
+    servers = training_servers(run, dtype, template, dataset["prompt_ids"], arguments.process_index)
+    with run_folder(run, "grpo") as checkpoint, servers:
         trainer = build_trainer(run, arguments, template, dataset, rewards)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -21,11 +21,20 @@ from ..data.templates import Template, load_template
 from ..files import append_lines
 from ..generation.engine import Engine, Request, Rollout, Sampling, sample_seed
 from ..generation.inference import fixed_engine
+from ..generation.vllm.limits import Demand
+from ..generation.vllm.start import check_servers
 from ..models import load_model_config
 from ..rewards.pool import Pool
 from .shards import claim, shards
 
 logger = logging.getLogger(__name__)
+
+
+def check_servers_of(run: SampleRun, generator: Generator, prompts: Dataset) -> None:
+    """Raises `UserError` where `run`'s servers cannot do what `generator` will ask of them."""
+    if run.rollout.engine == "vllm":
+        template = load_template(generator.model, generator.data.template)
+        check_servers(run.rollout, _demand(generator, template, prompts), generator.model.dtype, trainers=0)
 
 
 def draw(run: SampleRun, number: int, prompts: Dataset, folder: Path, pool: Pool) -> list[Path]:
@@ -36,13 +45,14 @@ def draw(run: SampleRun, number: int, prompts: Dataset, folder: Path, pool: Pool
     generator = run.generators[number]
     template = load_template(generator.model, generator.data.template)
     parts = shards(folder, generator.name, len(prompts), run.shard)
-    longest = max(prompts["prompt_length"]) + _room(generator, template)
+    demand = _demand(generator, template, prompts)
     with ExitStack() as stack:
         engine = None
         for shard, done in claim(parts):
             if engine is None:  # where nothing is missing, no model is loaded
                 logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder
-                engine = stack.enter_context(fixed_engine(run.rollout, generator.model, template, longest, logs))
+                check_servers(run.rollout, demand, generator.model.dtype, trainers=0)
+                engine = stack.enter_context(fixed_engine(run.rollout, generator.model, template, demand.tokens, logs))
             asked = prompts.select(range(shard.begin, shard.end))
             logger.info("%s: %d of %d prompts to go", shard.journal.stem, len(asked) - len(done), len(asked))
             fill(run, number, asked, engine, template, shard.journal, done, pool)
@@ -98,6 +108,11 @@ def requests_of(run: SampleRun, number: int, rows: Iterable[dict], template: Tem
 def _room(generator: Generator, template: Template) -> int:
     """Tokens that the model must hold besides the prompt."""
     return generator.sampling.max_tokens + len(template.prefill_ids(generator.prompting.prefill))
+
+
+def _demand(generator: Generator, template: Template, prompts: Dataset) -> Demand:
+    longest = max(prompts["prompt_ids"], key=len) + template.prefill_ids(generator.prompting.prefill)
+    return Demand(generator.model, template.tokenizer, longest, generator.sampling.max_tokens, trains=False)
 
 
 def _batches(run: SampleRun, generator: Generator, prompts: Dataset, done: set[int]) -> Iterator[list[dict]]:

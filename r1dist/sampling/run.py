@@ -23,7 +23,7 @@ from ..rewards.golds import check_golds
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.resume import check_same, data_digests
-from .draw import draw, generator_prompts
+from .draw import check_servers_of, draw, generator_prompts
 from .select import Tally, filters_text, mixed, select
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ def sample(run: SampleRun) -> dict:
     folder = Path(run.output_dir)
     with Pool(VERIFIERS, run.verify) as pool:
         asked = _prompts(run, pool)
+        if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
+            for generator, prompts in zip(run.generators, asked, strict=True):
+                check_servers_of(run, generator, prompts)
         with _ours(run, folder):
             with _turn(run, folder):
                 _begin(run, folder)

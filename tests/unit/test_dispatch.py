@@ -80,6 +80,88 @@ def test_a_failing_servers_groups_are_made_elsewhere_once_and_counted(kind):
     assert not pool["bad"].trusted and pool["bad"].last_error == f"{kind}: no"
 
 
+@pytest.mark.parametrize("kind", ["late", "status_500", "garbage"])
+def test_a_failed_request_costs_that_request_alone(kind):
+    asked = Counter()
+
+    async def ask(client, group):
+        asked[group.places[0]] += 1
+        await asyncio.sleep(0.2)
+        if group.places[0] == 8 and asked[8] <= 2:
+            raise ServerError(kind, "no")
+        return answer(group)
+
+    async def run() -> list[int]:
+        async def know():  # the weights of a server that failed, as the keeper does
+            while True:
+                await asyncio.sleep(0.05)
+                pool["one"].version = VERSION
+
+        knowing, places = asyncio.create_task(know()), []
+        async for group, _ in Dispatcher(pool, ask, 256, 5, Counter()).run(groups_of(requests(20, 4)), VERSION):
+            places += group.places
+        knowing.cancel()
+        return places
+
+    pool = servers("one")
+    assert sorted(asyncio.run(run())) == list(range(80))
+    assert asked.total() == 22 and asked[8] == 3
+
+
+def test_a_late_request_does_not_tell_against_a_server_that_finishes_others():
+    late = []
+
+    async def ask(client, group):
+        await asyncio.sleep(0.05 if group.places[0] else 0.3)
+        if not group.places[0] and not late:
+            late.append(client)
+            raise ServerError("late", "no")
+        return answer(group)
+
+    pool = servers("one")
+    assert sorted(collect(Dispatcher(pool, ask, 64, 5, Counter()), requests(10, 1))) == list(range(10))
+    assert late == ["one"] and pool["one"].last_error == "never came up" and pool["one"].not_before == 0
+
+
+def test_groups_that_fail_together_are_one_failure():
+    failed = []
+
+    async def ask(client, group):
+        if client == "bad" and len(failed) < 8:
+            failed.append(group)
+            await asyncio.sleep(0.1)
+            raise ServerError("late", "no")
+        return answer(group)
+
+    pool = servers("bad")
+    began = time.monotonic()
+    assert len(collect(Dispatcher(pool, ask, 8, 5, Counter()), requests(12, 1))) == 12
+    assert len(failed) == 8 and time.monotonic() - began < 4  # a pause of half a second, not of thirty
+
+
+def test_a_server_that_fails_every_request_is_given_up_however_often_it_answers_a_probe():
+    async def ask(client, group):
+        raise ServerError("status_503", "overloaded")
+
+    async def run():
+        async def probe():
+            while True:
+                await asyncio.sleep(0.05)
+                pool["one"].heard()
+                pool["one"].version = VERSION
+
+        probing = asyncio.create_task(probe())
+        try:
+            async for _ in Dispatcher(pool, ask, 8, 1.0, Counter()).run(groups_of(requests(2, 2)), VERSION):
+                pass
+        finally:
+            probing.cancel()
+
+    pool = servers("one")
+    with pytest.raises(RolloutsLost, match="one: status_503: overloaded"):
+        asyncio.run(asyncio.wait_for(run(), 20))
+
+
 def test_a_server_that_is_taken_out_lets_go_of_its_other_groups():
     async def ask(client, group):
         if client == "hung":

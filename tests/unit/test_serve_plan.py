@@ -10,7 +10,7 @@ from r1dist.errors import UserError
 from r1dist.generation.vllm.command import command, environment
 from r1dist.generation.vllm.plugin import OWNER
 from r1dist.generation.vllm.plugin.guard import TOKEN
-from r1dist.generation.vllm.start import plan_servers
+from r1dist.generation.vllm.start import plan_serve, plan_servers
 
 
 def plan(gpus: int, trainers: int, **settings):
@@ -49,9 +49,51 @@ def test_cores_are_shared_out(monkeypatch):
 
 
 def test_what_was_asked_for_wins():
-    asked = {"dtype": "float32", "max_model_len": 64, "cache_gib": 0.5, "gpu_memory_utilization": 0.8}
+    asked = {"dtype": "float32", "max_model_len": 1000, "cache_gib": 0.5, "gpu_memory_utilization": 0.8}
     serve, _ = plan(1, 1, serve=asked)
     assert {name: getattr(serve, name) for name in asked} == asked
+
+
+def test_servers_that_cannot_hold_the_longest_sequence_are_refused():
+    for settings in ({"serve": {"max_model_len": 899}}, {"serve": {"max_model_len": 64, "replicas": 2}}):
+        for gpus in (0, 1):
+            with pytest.raises(UserError, match=r"max_model_len: \d+ is too small: .* 900 tokens.\nSet it to 900"):
+                plan(gpus, 1, **settings)
+    assert plan(0, 1, serve={"max_model_len": 900})[0].max_model_len == 900
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["--max-model-len", "64"], "`--max-model-len 64` contradicts `--max-model-len 900`.*\nSet `max_model_len`"),
+        (["--max_model_len=64"], "`--max-model-len 64` contradicts .*\nSet `max_model_len` instead"),
+        (["--max-model-l", "64"], "`--max-model-l 64` contradicts"),
+        (["-tp", "2"], "contradicts `--tensor-parallel-size 1`.*\nSet `tensor_parallel` instead"),
+        (["--kv-cache-memory-bytes", "5"], "contradicts .*\nSet `cache_gib` instead"),
+        (["--port", "80"], "contradicts .*\nLeave it out"),
+        (["--logprobs-mode", "raw_logprobs"], "contradicts `--logprobs-mode processed_logprobs`"),
+        (["--enable-chunked-prefill"], "contradicts `--no-enable-chunked-prefill`.*\nLeave it out"),
+        (["--enable_chunked_prefill"], "contradicts `--no-enable-chunked-prefill`"),
+        (["--enable-chunked"], "contradicts `--no-enable-chunked-prefill`"),
+        (["--no-enforce-eager"], "contradicts `--enforce-eager`"),
+        (["--max-num-seqs", "7", "--max-num-batched-tokens", "899"], "899` is too small.*900 tokens.*\nSet it to 900"),
+    ],
+)
+def test_further_arguments_may_not_undo_the_command(words, refusal):
+    with pytest.raises(UserError, match=rf"(?s)^rollout.serve.arguments: .*{refusal}"):
+        plan(0, 1, serve={"arguments": words})
+    served = ServeRun(model={"path": "tiny"}, endpoints="e.json", max_model_len=900, arguments=words)
+    with pytest.raises(UserError, match=rf"(?s)^arguments: .*{refusal}"):
+        plan_serve(served)
+
+
+def test_further_arguments_that_fit_are_handed_on_and_prompts_stay_whole_on_cores():
+    words = ["--max-num-seqs", "7", "--max-num-batched-tokens=1800", "--no-enable-chunked-prefill", "--enable-lora"]
+    words += ["--middleware", "some.Other", "--data-parallel-rpc-port", "9"]
+    serve, _ = plan(0, 1, serve={"arguments": words})
+    assert serve.arguments == [*words, "--no-enable-chunked-prefill"]
+    chunked = ["--enable-chunked-prefill", "--max-num-batched-tokens", "100"]
+    assert plan(1, 1, serve={"arguments": chunked})[0].arguments == chunked
 
 
 def test_the_command_holds_everything_but_the_token():

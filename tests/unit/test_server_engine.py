@@ -1,6 +1,8 @@
 """The engine over servers that answer wrongly, late or not at all: stand-ins, since real ones do not on demand."""
 
+import asyncio
 import json
+import subprocess
 import time
 
 import pytest
@@ -8,11 +10,15 @@ import torch
 from stub_server import LOGPROB, StubServer
 from torch import nn
 
-from r1dist.config import Rollout
+from r1dist.config import Rollout, Serve
 from r1dist.errors import UserError
 from r1dist.generation.engine import Request, RolloutsLost, Sampling, generate, sample_seed
+from r1dist.generation.vllm import engine as engine_module
+from r1dist.generation.vllm.client import Client, ServerError, open_session
 from r1dist.generation.vllm.endpoints import Endpoints, Server, ServerRegistry, read, write
 from r1dist.generation.vllm.engine import Policy, ServerEngine
+from r1dist.generation.vllm.liveness import Liveness
+from r1dist.generation.vllm.supervisor import Supervisor
 from r1dist.generation.weight_sync.source import WeightSource
 from r1dist.generation.weight_sync.transports import FileTransport
 
@@ -90,6 +96,111 @@ def test_a_wrong_answer_is_counted_and_the_group_is_made_elsewhere(engine_of, se
     assert [r.request for r in rollouts] == asked()
     counted = engine.metrics()
     assert counted[f"rollout/errors/{kind}"] >= 1 and counted["rollout/resent"] >= 1
+
+
+def test_a_request_that_is_late_twice_costs_two_requests(engine_of, servers):
+    engine = engine_of(servers[:1], request_timeout=1, max_concurrent_requests=80)
+    engine.sync_weights(0)
+    before = servers[0].asked["completions"]
+    servers[0].hold([3, 7], times=2)
+    rollouts = generate(engine, asked(prompts=20), SAMPLING)
+    assert [r.request for r in rollouts] == asked(prompts=20)
+    assert servers[0].asked["completions"] - before == 22
+    counted = engine.metrics()
+    assert counted["rollout/errors/late"] == counted["rollout/resent"] == 2
+
+
+def test_a_server_that_answers_is_waited_for(engine_of, servers, monkeypatch):
+    """After a failure it is busy with one group for longer than a run is without any server."""
+    monkeypatch.setattr(engine_module, "MONITOR_SECONDS", 0.1)
+    engine = engine_of(servers[:1], no_server_timeout=1.5)
+    engine.sync_weights(0)
+    servers[0].misbehave("500")
+    servers[0].delay = 0.3
+    handle = engine.submit(asked(prompts=1), SAMPLING)
+    time.sleep(0.6)
+    servers[0].misbehave(None)
+    servers[0].delay = 3
+    assert len(list(handle)) == 4
+    assert engine.metrics()["rollout/errors/status_500"] == 1
+
+
+def test_a_server_that_computes_for_longer_than_a_health_check_is_left_at_work(engine_of, servers, monkeypatch):
+    monkeypatch.setattr(engine_module, "MONITOR_SECONDS", 0.1)
+    engine = engine_of(servers[:1], health_timeout=0.5)
+    engine.sync_weights(0)
+    before = servers[0].asked["completions"]
+    servers[0].busy, servers[0].delay = True, 2.5
+    assert len(generate(engine, asked(prompts=3), SAMPLING)) == 12
+    assert servers[0].asked["completions"] - before == 3
+    servers[0].busy = False
+    assert not [name for name in engine.metrics() if "errors" in name]
+
+
+def state(running: int | None = 1, seconds: float | None = 5.0, tokens: float = 9) -> dict:
+    return {"running": running, "processor_seconds": seconds, "tokens": tokens, "shape": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "hung"),
+    [
+        (lambda i: state(), True),
+        (lambda i: state(seconds=5 + 0.001 * i), True),  # what waiting takes
+        (lambda i: state(seconds=5 + i), False),
+        (lambda i: state(tokens=i), False),
+        (lambda i: state(running=0), False),
+        (lambda i: state(running=int(i > 8)), False),  # it has just been asked
+        (lambda i: state(seconds=5.0 - i), False),  # started anew
+        (lambda i: state(seconds=None), False),
+        (lambda i: None, False),  # a server without our middleware does not say
+    ],
+)
+def test_an_engine_that_has_requests_and_computes_nothing_is_hung(servers, changes, hung):
+    async def watch():
+        async with open_session() as session:
+            liveness = Liveness(Client(session, servers[0].url, None), patience=0.5)
+            for i in range(10):
+                servers[0].engine = changes(i)
+                await liveness.probe(timeout=5)
+                await asyncio.sleep(0.1)
+
+    if hung:
+        with pytest.raises(ServerError, match=r"hung: 1 requests run, but for 0\.5 s its engine has computed nothing"):
+            asyncio.run(watch())
+    else:
+        asyncio.run(watch())
+
+
+def test_an_engine_that_hangs_behind_a_server_that_answers_is_taken_out(engine_of, servers, monkeypatch):
+    monkeypatch.setattr(engine_module, "MONITOR_SECONDS", 0.1)
+    engine = engine_of(servers, health_timeout=1)
+    engine.sync_weights(0)
+    servers[0].engine = state()
+    servers[0].misbehave("hang")
+    assert [r.request for r in generate(engine, asked(), SAMPLING)] == asked()
+    assert engine.metrics()["rollout/errors/hung"] >= 1
+
+
+def test_a_managed_server_is_left_at_work_and_ended_when_it_hangs(servers, tmp_path):
+    supervisor = Supervisor(Serve(hang_timeout=1), "model", "shm", tmp_path / "endpoints.json")
+    replica = supervisor.replicas[0]
+    replica.process = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    servers[0].busy, servers[0].engine = True, state(running=0)
+
+    async def fault(seconds: float) -> str:
+        async with open_session() as session:
+            client = Client(session, servers[0].url, None)
+            assert await supervisor._coming_up(replica, client) is None
+            return await asyncio.wait_for(supervisor._fault(replica, client), seconds)
+
+    try:
+        with pytest.raises(TimeoutError):
+            asyncio.run(fault(7))
+        servers[0].engine = state(running=2)
+        assert "2 requests run" in asyncio.run(fault(30))
+    finally:
+        replica.process.kill()
+        replica.process.wait()
 
 
 def test_a_server_that_recovers_is_used_again(engine_of, servers):

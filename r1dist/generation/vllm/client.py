@@ -2,12 +2,17 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
 
-from ..engine import Sampling
+from ..engine import RolloutsLost, Sampling
+from .plugin.guard import ENGINE_HEADER
+
+UNTOUCHED = "default"
+"""What vLLM calls the weights that a server came up with."""
 
 
 class ServerError(Exception):
@@ -18,7 +23,7 @@ class ServerError(Exception):
         self.kind = kind
 
 
-class RequestRefused(Exception):
+class RequestRefused(RolloutsLost):
     """The server understood the request and says that it is wrong: another server would say the same."""
 
 
@@ -27,6 +32,20 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a server says of its engine. All None: it runs without our middleware, and does not say."""
+
+    running: int | None = None
+    """Requests that wait for tokens."""
+    processor_seconds: float | None = None
+    """Of the engine's processes."""
+    tokens: float | None = None
+    """Generated since the server's start."""
+    shape: Mapping[str, int] | None = None
+    """The model's sizes, by the names in its configuration."""
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -42,8 +61,17 @@ class Client:
         self.url = url
         self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
+    async def health(self, timeout: float) -> Health:
+        """The HTTP process answers this by itself, so it does not wait for the engine's computation to end."""
+        answer, _ = await self._answer("GET", "/health", None, timeout)
+        said = answer.headers.get(ENGINE_HEADER)
+        try:
+            return Health(**json.loads(said)) if said else Health()
+        except (ValueError, TypeError) as error:
+            raise ServerError("garbage", f"`{ENGINE_HEADER}` is {said[:60]!r}") from error
+
     async def weight_version(self, timeout: float) -> str:
-        """What the server calls its weights. The engine's loop answers this, so it is a sign of life, too."""
+        """What the server calls its weights. The engine answers between two computations, which may take minutes."""
         return _field(await self.call("GET", "/weight_info", timeout=timeout), "weight_version", str)
 
     async def complete(
@@ -74,7 +102,8 @@ class Client:
 
     async def prompt_logprobs(self, token_ids: list[int], timeout: float) -> list[float]:
         """The logprob of each token but the first, at temperature 1."""
-        body = {"prompt": token_ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        # In a batch where a request has no seed, vLLM's CPU sampler ignores the seeds of all others.
+        body = {"prompt": token_ids, "max_tokens": 1, "temperature": 1.0, "seed": 0, "prompt_logprobs": 0}
         answer = await self.call("POST", "/v1/completions", body, timeout=timeout)
         try:
             positions = answer["choices"][0]["prompt_logprobs"][1:]
@@ -84,6 +113,15 @@ class Client:
 
     async def call(self, method: str, path: str, body: dict | None = None, timeout: float = 60.0) -> Any:
         """The answer's JSON (None if it is empty)."""
+        _, text = await self._answer(method, path, body, timeout)
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise ServerError("garbage", f"{path} answers what is no JSON: {text[:60]!r}") from error
+
+    async def _answer(
+        self, method: str, path: str, body: dict | None, timeout: float
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
         try:
             async with self.session.request(
                 method, self.url + path, json=body, headers=self.headers, timeout=aiohttp.ClientTimeout(timeout)
@@ -97,10 +135,7 @@ class Client:
             raise RequestRefused(f"{self.url}{path} refuses the request: {text.decode(errors='replace')[:500]}")
         if response.status != 200:
             raise ServerError(f"status_{response.status}", f"{path}: {text.decode(errors='replace')[:300]}")
-        try:
-            return json.loads(text) if text else None
-        except ValueError as error:
-            raise ServerError("garbage", f"{path} answers what is no JSON: {text[:60]!r}") from error
+        return response, text
 
 
 def _field(answer: Any, name: str, kind: type) -> Any:

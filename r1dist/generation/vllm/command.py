@@ -6,8 +6,18 @@ import sys
 from collections.abc import Mapping
 
 from ...config import Serve
+from ...errors import UserError
 from .plugin import OWNER
 from .plugin.guard import TOKEN
+
+WHOLE_PROMPTS = "--no-enable-chunked-prefill"
+FIELDS = {
+    "--tensor-parallel-size": "tensor_parallel", "--data-parallel-size": "data_parallel", "--host": "host",
+    "--dtype": "dtype", "--max-model-len": "max_model_len", "--gpu-memory-utilization": "gpu_memory_utilization",
+    "--kv-cache-memory-bytes": "cache_gib", "--enforce-eager": "enforce_eager", "--enable-sleep-mode": "sleep",
+}  # fmt: skip
+"""Flags of vLLM that our own fields set."""
+SHORT = {"-tp": "--tensor-parallel-size", "-dp": "--data-parallel-size"}
 
 
 def command(serve: Serve, model: str, transport: str, port: int) -> list[str]:
@@ -37,6 +47,51 @@ def command(serve: Serve, model: str, transport: str, port: int) -> list[str]:
     words += ["--enforce-eager"] if serve.enforce_eager else []
     words += ["--enable-sleep-mode"] if serve.sleep else []
     return words + serve.arguments
+
+
+def check_arguments(arguments: list[str], serve: Serve, where: str) -> None:
+    """Raises `UserError` for further arguments of vLLM's that contradict the command of `serve`.
+
+    Args:
+        arguments: What is added to that command.
+        serve: With everything decided.
+        where: What errors call the arguments.
+    """
+    own = _options(command(serve, "", "", 0))
+    for name, value in _options(arguments):
+        for decided, own_value in own:
+            # vLLM takes the beginning of a flag for the flag; it collects middlewares.
+            same = _positive(decided).startswith(_positive(name)) and decided != "--middleware"
+            if same and (name, value) != (decided, own_value):
+                field = FIELDS.get(_positive(decided))
+                raise UserError(
+                    f"{where}: `{' '.join(filter(None, (name, value)))}` contradicts "
+                    f"`{' '.join(filter(None, (decided, own_value)))}`, which the server is given.\n"
+                    + (f"Set `{field}` instead." if field else "Leave it out.")
+                )
+    batched = dict(_options(arguments)).get("--max-num-batched-tokens")
+    whole = WHOLE_PROMPTS in (name for name, _ in own + _options(arguments))
+    if whole and batched and batched.isdigit() and int(batched) < (serve.max_model_len or 0):
+        raise UserError(
+            f"{where}: `--max-num-batched-tokens {batched}` is too small: without chunked prefill a prompt of up to "
+            f"{serve.max_model_len} tokens (max_model_len) is computed at once.\n"
+            f"Set it to {serve.max_model_len} or more, or leave it out."
+        )
+
+
+def _options(words: list[str]) -> list[tuple[str, str | None]]:
+    """Each flag among `words` as vLLM reads it, with its value."""
+    options = []
+    for word, following in zip(words, [*words, "-"][1:], strict=True):
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            name = SHORT.get(name, name.replace("_", "-"))
+            options.append((name, value if equals else None if following.startswith("-") else following))
+    return options
+
+
+def _positive(name: str) -> str:
+    return name.replace("--no-", "--", 1)
 
 
 def environment(serve: Serve, replica: int, transport: str, token: str, inherited: Mapping[str, str]) -> dict:

@@ -1,12 +1,13 @@
 """Which server makes which group, and what happens when one fails: no HTTP, no weights, only decisions.
 
-A server is *trusted* once it has answered, and until it fails; it is *tried* with one group at a time after a
-failure, when its back-off is over and it holds the right weights. Groups go to the trusted server with the
-fewest samples in flight.
+A server is *trusted* until it or a request fails there; then it is *tried* with one group at a time, when its back-off
+is over and it holds the right weights, until a group is finished. A failed request costs that request alone. Groups go
+to the trusted server with the fewest samples in flight.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -15,6 +16,7 @@ from typing import Any
 
 from ..engine import Request, RolloutsLost
 from .client import Client, Completion, ServerError
+from .liveness import Liveness
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class ServerState:
     name: str
     client: Client | None = None
     """None while the server is not up."""
+    liveness: Liveness | None = None
+    """Of the client."""
     version: str | None = None
     """The weights that it last reported; None if it has not answered since it failed."""
     trusted: bool = True
@@ -60,19 +64,40 @@ class ServerState:
     failures: int = 0
     """In a row."""
     not_before: float = 0.0
-    """On the clock of `time.monotonic`."""
+    """On the clock of `time.monotonic`, as the following."""
+    last_heard: float = -math.inf
+    """When it last answered: a group, or a probe since when no request has failed."""
+    last_finished: float = -math.inf
+    """When it last finished a group."""
+    last_trusted: float = -math.inf
+    """When it was last known to be in order: a probe of it says little while every request fails."""
+    last_doubted: float = -math.inf
     last_error: str = "never came up"
     tasks: set[asyncio.Task] = field(default_factory=set)
 
-    def succeeded(self) -> None:
-        self.trusted, self.failures = True, 0
+    def heard(self) -> None:
+        """It has answered a probe."""
+        self.last_heard = time.monotonic()
 
-    def failed(self, error: ServerError) -> None:
-        """Take it out, for twice as long each time, and cancel its requests."""
-        self.trusted, self.version = False, None
-        self.not_before = time.monotonic() + min(LONGEST_BACK_OFF, 0.5 * 2**self.failures)
+    def succeeded(self) -> None:
+        """It has finished a group."""
+        self.trusted, self.failures = True, 0
+        self.last_heard = self.last_finished = time.monotonic()
+
+    def doubted(self, error: ServerError) -> None:
+        """A request failed: try it with one group at a time, after a pause that is twice as long each time."""
+        self.last_doubted = time.monotonic()
+        if self.trusted:
+            self.last_trusted = self.last_doubted
+        self.trusted, self.last_heard = False, self.last_trusted
+        self.not_before = self.last_doubted + min(LONGEST_BACK_OFF, 0.5 * 2**self.failures)
         self.failures += 1
         self.last_error = str(error)
+
+    def failed(self, error: ServerError) -> None:
+        """The server itself fails: take it out, and cancel its requests."""
+        self.doubted(error)
+        self.version = None
         logger.warning("server %s is taken out: %s", self.name, error)
         for task in self.tasks:
             task.cancel()
@@ -88,7 +113,7 @@ class Dispatcher:
         servers: The servers; they may change during `run`.
         ask: Sends one group to one client and gives its completions; raises `ServerError`.
         max_concurrent_requests: Samples at one server at a time; the rest waits here, where it can still be moved.
-        no_server_timeout: Seconds without a trusted server after which `run` gives up.
+        no_server_timeout: Seconds without an answer of any server after which `run` gives up.
         counts: Where failures by kind and re-sent groups are counted.
     """
 
@@ -109,11 +134,11 @@ class Dispatcher:
     async def run(self, groups: list[Group], version: str) -> AsyncIterator[tuple[Group, list[Completion]]]:
         """Each group with its completions, in the order in which they are finished.
 
-        Raises `RolloutsLost` when no server has been trusted for `no_server_timeout` seconds.
+        Raises `RolloutsLost` when no server has been heard for `no_server_timeout` seconds.
         """
         waiting = deque(groups)
-        running: dict[asyncio.Task, tuple[Group, ServerState]] = {}
-        deadline = time.monotonic() + self.no_server_timeout
+        running: dict[asyncio.Task, tuple[Group, ServerState, float]] = {}
+        in_order = time.monotonic()
         try:
             while waiting or running:
                 while waiting and (server := self._choose(version, len(waiting[0].requests))):
@@ -121,16 +146,16 @@ class Dispatcher:
                     task = asyncio.create_task(self.ask(server.client, group))
                     server.in_flight += len(group.requests)
                     server.tasks.add(task)
-                    running[task] = (group, server)
+                    running[task] = (group, server, time.monotonic())
                 if running:
                     done, _ = await asyncio.wait(running, timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
                 else:
                     done = await asyncio.sleep(TICK, set())
                 for task in done:
-                    group, server = running.pop(task)
+                    group, server, asked = running.pop(task)
                     server.in_flight -= len(group.requests)
                     server.tasks.discard(task)
-                    completions = self._outcome(task, server)
+                    completions = self._outcome(task, server, asked)
                     if completions is None:
                         self.counts["resent"] += 1
                         waiting.appendleft(group)
@@ -138,11 +163,11 @@ class Dispatcher:
                         yield group, completions
                 now = time.monotonic()
                 if any(server.trusted and server.ready(version) for server in self.servers.values()):
-                    deadline = now + self.no_server_timeout
-                elif now > deadline:
+                    in_order = now
+                if now - max(in_order, *(s.last_heard for s in self.servers.values())) > self.no_server_timeout:
                     raise RolloutsLost(self._no_server_message())
         finally:
-            for task, (group, server) in running.items():
+            for task, (group, server, _) in running.items():
                 task.cancel()
                 server.in_flight -= len(group.requests)
                 server.tasks.discard(task)
@@ -156,7 +181,7 @@ class Dispatcher:
         # One group at a time goes to a server on trial, however much room the others have: else it would stay there.
         return min(fitting, key=lambda server: (server.trusted, server.in_flight), default=None)
 
-    def _outcome(self, task: asyncio.Task, server: ServerState) -> list[Completion] | None:
+    def _outcome(self, task: asyncio.Task, server: ServerState, asked: float) -> list[Completion] | None:
         if task.cancelled():  # by `ServerState.failed`
             return None
         error = task.exception()
@@ -166,7 +191,12 @@ class Dispatcher:
         if not isinstance(error, ServerError):
             raise error
         self.counts[f"errors/{error.kind}"] += 1
-        server.failed(error)
+        logger.warning("server %s fails a request: %s", server.name, error)
+        works = error.kind == "late" and server.last_finished > asked  # at others; this one took longer
+        if not works and server.last_doubted < asked:  # one doubt for all that was asked before it
+            server.doubted(error)
+        if error.kind != "late":  # it may be another process by now
+            server.version = None
         return None
 
     def _no_server_message(self) -> str:

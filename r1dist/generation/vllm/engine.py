@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ import aiohttp
 from ...config import Rollout as RolloutSettings
 from ..engine import GenerationHandle, Request, Rollout, RolloutsLost, Sampling
 from ..weight_sync.transports import Transport
-from .client import Client, Completion, ServerError, open_session
+from .client import UNTOUCHED, Client, Completion, ServerError, open_session
 from .dispatch import Dispatcher, Group, ServerState, groups_of
 from .endpoints import ServerRegistry
+from .liveness import Liveness
 
 logger = logging.getLogger(__name__)
 
 MONITOR_SECONDS = 1.0
-UNTOUCHED = "default"  # what vLLM calls the weights that a server came up with
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,6 @@ class ServerEngine:
         return self.policy.probe
 
     async def _give(self, server: ServerState) -> None:
-        await server.client.weight_version(self.settings.health_timeout)  # a hung one is found out sooner by this
         await self.transport.give(server.client, self._label, self.settings.sync_timeout, self._generating)
         server.version = self._label
 
@@ -223,7 +222,7 @@ class ServerEngine:
             await asyncio.sleep(MONITOR_SECONDS)
 
     async def _heartbeat(self, server: ServerState) -> None:
-        version = await server.client.weight_version(self.settings.health_timeout)
+        version = await server.client.weight_version(self.settings.request_timeout)
         if version != self._label and self.first and self._expected is not None:
             await self._give(server)
             try:
@@ -251,17 +250,31 @@ class ServerEngine:
                 server.last_error = entry.error or server.last_error
             elif server.client is None or server.client.url != entry.url:
                 server.client = Client(self._session, entry.url, endpoints.token)
+                server.liveness = Liveness(server.client, self.settings.health_timeout)
                 server.version, server.not_before = None, 0.0
 
-    async def _attempt(self, server: ServerState, act: Callable[[ServerState], Awaitable]) -> ServerState | None:
-        """The server if it worked; a server's error takes the server out and is counted."""
+    async def _attempt(self, server: ServerState, act: Callable[[ServerState], Coroutine]) -> ServerState | None:
+        """The server if it worked; a server's error, or its death meanwhile, takes it out and is counted."""
+        acting: asyncio.Task | None = None
         try:
-            await act(server)
+            await self._probe(server)
+            acting = asyncio.create_task(act(server))
+            while not (await asyncio.wait([acting], timeout=MONITOR_SECONDS))[0]:
+                await self._probe(server)
+            acting.result()
         except ServerError as error:
             self.counts[f"errors/{error.kind}"] += 1
             server.failed(error)
             return None
+        finally:
+            if acting is not None:
+                acting.cancel()
         return server
+
+    async def _probe(self, server: ServerState) -> None:
+        await server.liveness.probe(self.settings.health_timeout)
+        if server.version in (None, self._label):  # one with other weights is of no use, however alive
+            server.heard()
 
     def _up(self) -> list[ServerState]:
         return [server for server in self.servers.values() if server.client is not None]
@@ -293,7 +306,7 @@ class ServerEngine:
             self._asleep = False
 
     async def _call_all(self, path: str) -> None:
-        def call(server: ServerState) -> Awaitable:
+        def call(server: ServerState) -> Coroutine:
             return server.client.call("POST", path, timeout=self.settings.request_timeout)
 
         await asyncio.gather(*(self._attempt(server, call) for server in self._up()))

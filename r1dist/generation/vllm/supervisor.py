@@ -27,6 +27,7 @@ from ..weight_sync.scratch import sweep
 from .client import Client, ServerError, open_session
 from .command import command, environment
 from .endpoints import Endpoints, Server, write
+from .liveness import Liveness
 
 logger = logging.getLogger("r1dist.servers")
 
@@ -159,21 +160,23 @@ class Supervisor:
             if replica.process.poll() is not None:
                 return replica.ending()
             with suppress(ServerError):
-                await client.weight_version(timeout=5)
+                await client.health(timeout=5)
                 return None
             await asyncio.sleep(TICK)
         return f"not up after {self.serve.start_timeout:g} s: {replica.last_words()}"
 
     async def _fault(self, replica: Replica, client: Client) -> str:
-        """Waits until the process ends, or does not answer for `hang_timeout` seconds."""
-        heard = time.monotonic()
+        """Waits until the process ends, or for `hang_timeout` seconds does not answer or compute."""
+        liveness, heard = Liveness(client, self.serve.hang_timeout), time.monotonic()
         while True:
             if replica.process.poll() is not None:
                 return replica.ending()
             try:
-                await client.weight_version(timeout=5)
+                await liveness.probe(timeout=5)
                 heard = time.monotonic()
             except ServerError as error:
+                if error.kind == "hung":
+                    return str(error)
                 patience = REFUSING_SECONDS if error.kind == "unreachable" else self.serve.hang_timeout
                 if time.monotonic() - heard > patience:
                     return f"did not answer for {patience:g} s ({error})"

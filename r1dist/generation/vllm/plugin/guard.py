@@ -1,13 +1,18 @@
-"""The guard at a server's door: no path answers without the run's token.
+"""The guard at a server's door: no path answers without the run's token, and `/health` tells how the engine does.
 
 vLLM's `--api-key` guards only the paths of its public API; its development paths run arbitrary methods.
 """
 
+import json
 import os
 import secrets
 
 TOKEN = "R1DIST_SERVER_TOKEN"
 """Environment variable: the token that every request must carry, as `Authorization: Bearer <token>`."""
+ENGINE_HEADER = "x-r1dist-engine"
+"""Of the answer to `/health`: JSON with `running`, `processor_seconds`, `tokens` and `shape`, see `client.Health`."""
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers")
+TOKENS = "vllm:generation_tokens_total"
 
 
 class TokenGuard:
@@ -19,15 +24,67 @@ class TokenGuard:
     def __init__(self, app):
         self.app = app
         self.expected = f"Bearer {os.environ[TOKEN]}".encode()
+        self.running = 0
+        self.engine = []
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if secrets.compare_digest(given, self.expected):
-            return await self.app(scope, receive, send)
-        if scope["type"] == "websocket":
-            return await send({"type": "websocket.close", "code": 1008})
-        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": b'{"error": "this server asks for the token of its run"}'})
+        if not secrets.compare_digest(given, self.expected):
+            return await _refuse(scope, send)
+        if scope["path"] == "/health":
+            return await self.app(scope, receive, self._with_engine(scope, send))
+        generates = scope["path"].startswith("/v1/")
+        self.running += generates
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.running -= generates
+
+    def _with_engine(self, scope, send):
+        """`send`, with the engine's state as a header."""
+
+        async def send_with_header(message) -> None:
+            if message["type"] == "http.response.start":
+                value = json.dumps(self._state(scope)).encode()
+                message = {**message, "headers": [*message["headers"], (ENGINE_HEADER.encode(), value)]}
+            await send(message)
+
+        return send_with_header
+
+    def _state(self, scope) -> dict:
+        model = scope["app"].state.vllm_config.model_config.hf_text_config
+        return {
+            "running": self.running,
+            "processor_seconds": self._processor_seconds(),
+            "tokens": _generated_tokens(),
+            "shape": {name: getattr(model, name, None) for name in SHAPE},
+        }
+
+    def _processor_seconds(self) -> float | None:
+        """Of the engine and its workers, which are this process's descendants; None where they are not."""
+        import psutil
+
+        self.engine = self.engine or psutil.Process().children(recursive=True)
+        try:
+            return sum(sum(process.cpu_times()[:2]) for process in self.engine) if self.engine else None
+        except psutil.NoSuchProcess:
+            self.engine = []
+            return None
+
+
+def _generated_tokens() -> float:
+    """Since the server's start; 0 with `--disable-log-stats`."""
+    from prometheus_client import REGISTRY
+
+    families = REGISTRY.restricted_registry([TOKENS]).collect()
+    return sum(sample.value for family in families for sample in family.samples if sample.name == TOKENS)
+
+
+async def _refuse(scope, send) -> None:
+    if scope["type"] == "websocket":
+        return await send({"type": "websocket.close", "code": 1008})
+    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    await send({"type": "http.response.body", "body": b'{"error": "this server asks for the token of its run"}'})

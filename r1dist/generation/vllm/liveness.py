@@ -1,0 +1,42 @@
+"""Whether a server is alive: it answers, and while it has requests its engine computes or tokens arrive."""
+
+import time
+
+from .client import Client, Health, ServerError
+
+LEAST_SHARE = 0.05
+"""Of one core: an engine that uses less of it computes nothing. One that waits for a stopped worker uses 0.01."""
+
+
+class Liveness:
+    """One server's, over time.
+
+    A server without our middleware says nothing of its engine: of it only the HTTP answer is known.
+
+    Args:
+        patience: Seconds in which an engine that has requests must have computed.
+    """
+
+    def __init__(self, client: Client, patience: float):
+        self.client = client
+        self.patience = patience
+        self._last: tuple[float, Health] | None = None
+        """When it was last seen to compute, or to have nothing to do."""
+
+    async def probe(self, timeout: float) -> None:
+        """Raises `ServerError`: what `Client.health` raises, or `hung`."""
+        health = await self.client.health(timeout)
+        now = time.monotonic()
+        if self._last is None or not health.running or self._computed(self._last[1], health):
+            self._last = now, health
+        elif now - self._last[0] > self.patience:
+            raise ServerError(
+                "hung", f"{health.running} requests run, but for {self.patience:g} s its engine has computed nothing"
+            )
+
+    def _computed(self, before: Health, after: Health) -> bool:
+        if after.processor_seconds is None or before.processor_seconds is None:
+            return True
+        used = after.processor_seconds - before.processor_seconds
+        # A smaller number is another process's: the server was started anew.
+        return after.tokens != before.tokens or not 0 <= used < LEAST_SHARE * self.patience
