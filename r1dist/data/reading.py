@@ -7,9 +7,10 @@ from typing import Any
 
 from datasets import Dataset, LargeList, List, load_dataset
 from datasets.data_files import EmptyDatasetError
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
 from datasets.features import Json
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from pyarrow import ArrowInvalid
 
 from ..config import Source
 from ..errors import UserError
@@ -56,8 +57,10 @@ def value_of(row: Any, name: str) -> Any:
     """What a row has in the column `name`; of nested columns, dots lead to the inner ones."""
     if not isinstance(row, Mapping):
         return None
-    outer, _, inner = name.partition(".")
-    return row[name] if name in row else value_of(row.get(outer), inner) if inner else None
+    if name in row:
+        return row[name]
+    dots = (place for place, character in enumerate(name) if character == ".")
+    return next((value_of(row[name[:dot]], name[dot + 1 :]) for dot in dots if name[:dot] in row), None)
 
 
 def require_columns(source: Source, raw: Dataset, columns: dict[str, str | list[str] | None]) -> None:
@@ -75,8 +78,9 @@ def require_columns(source: Source, raw: Dataset, columns: dict[str, str | list[
 def holds_lists(raw: Dataset, column: str) -> bool:
     """Whether a value of `column` is a list."""
     feature = raw.features.get(column)
-    if feature is None or isinstance(feature, Json):
-        return any(isinstance(value_of(row, column), list) for row in raw)
+    if feature is None or isinstance(feature, Json):  # an inner column, or one whose values are of several types
+        outer = [name for name in raw.column_names if name == column or column.startswith(f"{name}.")]
+        return any(isinstance(value_of(row, column), list) for row in raw.select_columns(outer))
     return isinstance(feature, List | LargeList)
 
 
@@ -133,14 +137,14 @@ def _from_saved(source: Source, path: Path) -> Dataset:
 def _load(source: Source, *arguments: Any, **options: Any) -> Dataset:
     try:
         return load_dataset(*arguments, **options)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ArrowInvalid) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         kind = Path(source.path).suffix[1:]
         what = f"no readable {kind} file" if kind else "not readable"
         raise UserError(f"data.sources: {source.path} is {what}: {cause}") from error
     except EmptyDatasetError as error:
         raise _no_rows(source) from error
-    except (ConnectionError, OfflineModeIsEnabled, DatasetNotFoundError, HfHubHTTPError) as error:
+    except (ConnectionError, FileNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise UserError(
             f"data.sources: {source.path} is no local file or folder, and the hub does not give it "
             f"({type(error).__name__}).\nCheck the name and the network, or set `path` to a local copy."

@@ -186,8 +186,9 @@ def _conversations(source: Source) -> Dataset:
             raise UnusableRow("no reply of the assistant at the end")
         if not any(turn["role"] == "user" for turn in messages):
             raise UnusableRow("no turn of the user before the completion")
-        if system:
-            messages = [{"role": "system", "content": system}, *messages]
+        if system:  # rather than the conversation's own
+            own = messages[0]["role"] == "system"
+            messages = [{"role": "system", "content": system}, *messages[own:]]
         completion = last["content"]
         if source.completion_format == "stratos":
             completion = rewrite_stratos(completion)
@@ -226,6 +227,8 @@ def _usable(
             return {**convert(row), "unusable": None}
         except UnusableRow as reason:
             return {**dict.fromkeys(features), "unusable": str(reason)}
+        except UnicodeDecodeError:
+            return {**dict.fromkeys(features), "unusable": "text that is not UTF-8"}
 
     rows = mapped(raw, attempt, remove_columns=raw.column_names, features=Features({**features, "unusable": TEXT}))
     unusable = rows["unusable"]

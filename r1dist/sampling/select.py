@@ -38,7 +38,7 @@ def select(run: SampleRun, generator: Generator, journals: list[Path], seen: set
             sample = Sample(raw["text"], raw["tokens"], raw["finished"], raw["accuracy"])
             text = sample.text if generator.refine is None else refine(sample.text, generator.refine)
             scored = scores(sample, text, run.filters)
-            key = "".join(f"{line['problem']}{text}".lower().split())
+            key = "".join(f"{line.get('earlier') or ''}{line['problem']}{text}".lower().split())
             reason = fault(sample, text, scored, run.filters)
             if reason is None and key in seen:
                 reason = "seen before"

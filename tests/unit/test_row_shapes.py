@@ -215,6 +215,11 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     refused(tmp_path / "empty", "holds no rows")
     (tmp_path / "rows.txt").write_text("a")
     refused(tmp_path / "rows.txt", "is no .jsonl, .json, .parquet file")
+    (tmp_path / "rows.parquet").write_text("none")
+    refused(tmp_path / "rows.parquet", "is no readable parquet file")
+    refused(tmp_path / "nowhere" / "rows", "is no local file or folder")
+    (tmp_path / "rows.jsonl").write_bytes(b'{"q": "\xff", "a": 1}\n')
+    refused(tmp_path / "rows.jsonl", "1 with text that is not UTF-8")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "train.jsonl").write_text('{"q": ')
     refused(tmp_path / "damaged", "is not readable")
@@ -287,20 +292,21 @@ def test_pairs_and_labels_that_cannot_be_used_are_left_out(tmp_path, bad):
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the real data sets do not lie beside this checkout, in ../shared/data")
 @pytest.mark.parametrize(
-    ("name", "count", "fields"),
+    ("name", "fields"),
     [
-        ("gsm8k/train", 7473, {"problem": "question", "answer": "answer", "answer_format": "hashes"}),
-        ("gsm8k/test", 1319, {"problem": "question", "answer": "answer", "answer_format": "hashes"}),
-        ("math500/test", 500, {"problem": "problem", "answer": "answer"}),
-        ("math500/test", 500, {"problem": "problem", "answer": "solution", "answer_format": "boxed"}),
-        ("mawps/singleop", 561, {"problem": "input", "answer": "target"}),
-        ("mawps/addsub", 394, {"problem": "input", "answer": "target"}),
-        ("mawps/multiarith", 599, {"problem": "input", "answer": "target"}),
-        ("svamp/test", 1000, {"problem": ["Body", "Question"], "answer": "Answer"}),
+        ("gsm8k/train", {"problem": "question", "answer": "answer", "answer_format": "hashes"}),
+        ("gsm8k/test", {"problem": "question", "answer": "answer", "answer_format": "hashes"}),
+        ("math500/test", {"problem": "problem", "answer": "answer"}),
+        ("math500/test", {"problem": "problem", "answer": "solution", "answer_format": "boxed"}),
+        ("mawps/singleop", {"problem": "input", "answer": "target"}),
+        ("mawps/addsub", {"problem": "input", "answer": "target"}),
+        ("mawps/multiarith", {"problem": "input", "answer": "target"}),
+        ("svamp/test", {"problem": ["Body", "Question"], "answer": "Answer"}),
     ],
 )
-def test_real_data_sets_load_whole(name, count, fields):
-    rows = load_problems([Source(path=str(GSM8K.parent / f"{name}.jsonl"), **fields)])
-    assert len(rows) == count and all(rows["problem"]) and all(rows["answer"])
+def test_real_data_sets_load_whole(name, fields):
+    path = GSM8K.parent / f"{name}.jsonl"
+    rows = load_problems([Source(path=str(path), **fields)])
+    assert len(rows) == len(path.read_text().splitlines()) > 300 and all(rows["problem"]) and all(rows["answer"])
     if fields["answer"] not in ("solution", "answer"):
         assert not any(answer.endswith(".0") for answer in rows["answer"])
