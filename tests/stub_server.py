@@ -81,7 +81,7 @@ class StubServer:
         return web.json_response({"tokens": self.tokenize((await request.json())["prompt"])})
 
     async def _info(self, request: web.Request) -> web.Response:
-        while self.busy:
+        while self.busy and not self._stopping.is_set():
             await asyncio.sleep(0.05)
         return web.json_response({"weight_version": self.version})
 
@@ -94,6 +94,7 @@ class StubServer:
 
     async def _complete(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.asked["unseeded"] += "seed" not in body
         if "prompt_logprobs" in body:
             positions = [None, *({str(token): {"logprob": LOGPROB}} for token in body["prompt"][1:])]
             return web.json_response({"choices": [{"prompt_logprobs": positions}]})

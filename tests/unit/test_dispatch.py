@@ -86,9 +86,10 @@ def test_a_failed_request_costs_that_request_alone(kind):
 
     async def ask(client, group):
         asked[group.places[0]] += 1
-        await asyncio.sleep(0.2)
         if group.places[0] == 8 and asked[8] <= 2:
+            await asyncio.sleep(0.05)
             raise ServerError(kind, "no")
+        await asyncio.sleep(0.4)
         return answer(group)
 
     async def run() -> list[int]:

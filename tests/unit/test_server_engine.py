@@ -68,6 +68,8 @@ def test_rollouts_carry_their_version_and_every_sample_its_seed(engine_of, serve
     wanted = [r.seed for step in (0, 5) for r in asked(step=step)]
     assert set(wanted) <= set(drawn) and servers[0].seeds and servers[1].seeds
     assert engine.metrics() == {"rollout/servers": 2.0, "rollout/logp_diff": 0.0}
+    # In a batch with one request that has no seed, vLLM's CPU sampler ignores all others' seeds.
+    assert servers[0].asked["unseeded"] + servers[1].asked["unseeded"] == 0
 
 
 def test_several_greedy_samples_are_asked_for_once(engine_of, servers):
@@ -173,7 +175,7 @@ def test_an_engine_that_has_requests_and_computes_nothing_is_hung(servers, chang
 
 def test_an_engine_that_hangs_behind_a_server_that_answers_is_taken_out(engine_of, servers, monkeypatch):
     monkeypatch.setattr(engine_module, "MONITOR_SECONDS", 0.1)
-    engine = engine_of(servers, health_timeout=1)
+    engine = engine_of(servers, health_timeout=1, request_timeout=10)
     engine.sync_weights(0)
     servers[0].engine = state()
     servers[0].misbehave("hang")
