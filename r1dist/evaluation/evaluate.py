@@ -20,6 +20,7 @@ from ..rewards import VERIFIERS
 from ..rewards.format import has_format
 from ..rewards.language import language_share
 from ..rewards.pool import Pool
+from ..rewards.thinking import thinking_of
 from ..run.process import set_up_process
 from .complete import complete, with_texts
 from .intervals import clustered_interval
@@ -33,8 +34,9 @@ class Scores:
     """The result of greedy or sampled completions.
 
     `accuracy` is pass@1 averaged over problems and samples, `ci95` its interval over problems. `format` and
-    `finished` are shares of completions, `language` the mean share of words in the target language, with its
-    interval over problems (both None if no completion holds a word), `mean_tokens` the mean length.
+    `finished` are shares of completions, `mean_tokens` the mean length. `language` is the mean share of words in the
+    target language in the thinking, with its interval over problems, of completions that think a word (both None if
+    there is none).
     """
 
     problems: int
@@ -105,7 +107,7 @@ def _scores(rollouts: list[Rollout], texts: list[str], right: list[float | None]
         raise UserError("data.sources: no gold answer parses; set `answer` or `answer_format` of the source.")
     if len(rates) < len(by_problem):
         logger.warning("%d gold answers do not parse; those problems are left out", len(by_problem) - len(rates))
-    shares = [language_share(text, target) for text in texts]
+    shares = [language_share(thinking_of(text), target) for text in texts]
     spoken = [[s for s in shares[i : i + samples] if s is not None] for i in range(0, len(shares), samples)]
     in_target = [fmean(shares) for shares in spoken if shares]
     return Scores(
