@@ -45,6 +45,11 @@ AIMS: dict[str, dict[str, Aim]] = {
         "hostile_ratio": Aim("the same, one answer of 100 being hostile", 8),
         "stuck_limits": Aim("time limits that 11 answers without an end cost two workers", 6, "lower"),
         "sandbox_per_core": Aim("trivial programs per second in the sandbox, one after another", 20),
+        "thread_ms": Aim(
+            "most milliseconds of the trainer's thread, over rewards and hostile completions of 32,768 tokens",
+            10,
+            "lower",
+        ),
     },
     "rollout": {
         "throughput_ratio": Aim("tokens per second over vLLM's own offline generation, equal lengths", 0.9),

@@ -6,6 +6,8 @@ line. The ratios alternate within one run; both sides verify the same answers ag
 `stuck_limits`: what answers that no check recognises and that never end cost, in limits, beyond 1.2 times the clean
 time.
 `sandbox_per_core`: trivial programs a second, one after another.
+`thread_ms`: processor milliseconds of the trainer's own thread, the most over rewards and hostile texts of 32,768
+tokens.
 
 Simplified: a hostile answer costs the loop at most math-verify's own clocks, of as many seconds as the pool's limit.
 """
@@ -21,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from math_verify import parse, verify
-from result import aim, show
+from result import aim, show, significant
+from thread_cost import NAMES, hostile_texts, thread_seconds
 
 from r1dist.config import Verify
 from r1dist.data.formats import gold_answer
@@ -72,6 +75,9 @@ def main() -> None:
         kind: [loop / pool for loop, pool in zip(seconds[f"loop{kind}"], seconds[f"pool{kind}"], strict=True)]
         for kind in ("", " hostile")
     }
+    with Pool(VERIFIERS, Verify(workers=WORKERS)) as pool:
+        texts = hostile_texts()
+        in_thread = {name: 1000 * max(thread_seconds(name, text, pool) for text in texts) for name in NAMES}
     show(
         "rewards",
         {
@@ -79,10 +85,12 @@ def main() -> None:
             "hostile_ratio": aim(ratios[" hostile"], 8, "higher"),
             "stuck_limits": aim(over, math.ceil(stuck.count(STUCK) / WORKERS), "lower"),
             "sandbox_per_core": aim(sandboxed_per_second(), 20, "higher"),
+            "thread_ms": aim(max(in_thread.values()), 10, "lower"),
         },
         answers=ANSWERS,
         hostile=sum(one is not other for one, other in zip(clean, mixed, strict=True)),
         answers_per_second={name: ANSWERS / statistics.median(values) for name, values in seconds.items()},
+        thread_ms={name: significant(most) for name, most in in_thread.items()},
     )
 
 

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations import deepspeed
 from transformers.utils import find_adapter_config_file
 
 from .config import Lora, Model
@@ -134,8 +136,24 @@ def path_with(name: str, path: str) -> str:
     return path_with(name, base_of(folder))
 
 
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """A model that is loaded inside is whole, also where transformers is set up to shard it over ranks (ZeRO-3)."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    sharding = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if sharding is not None:
+            deepspeed.set_hf_deepspeed_config(sharding)
+
+
+@whole_weights()
 def load_model(path: str, task: Task = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
     """The model of `path`; adapters are merged into their base model: W + alpha / r B A (arXiv 2106.09685, eq. 3).
+
+    Its weights are whole on each rank that calls, see `whole_weights`.
 
     Args:
         kwargs: Of transformers' `from_pretrained`.
@@ -158,8 +176,7 @@ def merged_path(path: str, dtype: str) -> str:
     """`path`, or, where that holds adapters, a folder beside them with the merged model, written at the first call.
 
     For trainers and servers, which load a model by its path. The merged weights are in `dtype`, so that nothing of the
-    adapters is rounded off; the folder's name has it and the digest of the adapters. Call it before TRL's arguments
-    are built: once transformers is set up for ZeRO-3, the base model would be sharded.
+    adapters is rounded off; the folder's name has it and the digest of the adapters.
 
     Raises `UserError` as `load_model`, and if the folder cannot be written to.
     """
@@ -188,17 +205,21 @@ def merged_path(path: str, dtype: str) -> str:
 def save_trained(trainer: Trainer, model: Model, task: Task = "CAUSAL_LM") -> None:
     """Save what was trained into the run's folder: the model, or as `model.lora.save` says. A collective.
 
-    The merged model is made from the adapters that were saved, so both are the same.
+    Its files are complete when it returns, on whichever rank.
     """
     trainer.save_model()
-    if model.lora is None or not trainer.args.should_save:
-        return
+    if model.lora is not None and trainer.args.should_save:
+        _complete_adapters(trainer, model, model.lora.save, task)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _complete_adapters(trainer: Trainer, model: Model, save: str, task: Task) -> None:
+    """What is missing beside the adapters that were saved, or the merged model, made from them, in their place."""
     folder = Path(trainer.args.output_dir)
     if task == "CAUSAL_LM":
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(folder)
-    if model.lora.save == "adapters":
+    if save == "adapters":
         return
-    unset_hf_deepspeed_config()  # the first rank loads the whole base model, ZeRO-3 would shard it
     head = {"num_labels": 1, "pad_token_id": trainer.processing_class.pad_token_id} if task == "SEQ_CLS" else {}
     load_model(str(folder), task, dtype=model.dtype, **head).save_pretrained(folder)
     for adapters in folder.glob("adapter_*"):

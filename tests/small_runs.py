@@ -87,11 +87,12 @@ class Zygote:
 
 
 class Launch:
-    """One start of a run, in `processes` processes, several under ZeRO-2."""
+    """One start of a run, in `processes` processes; several under DeepSpeed by configs/deepspeed/`deepspeed`.json."""
 
     def __init__(
-        self, zygote: Zygote, script: str, config: Path, processes: int, *arguments: str, deepspeed: bool = True
-    ):
+        self, zygote: Zygote, script: str, config: Path, processes: int, *arguments: str,
+        deepspeed: str | None = "zero2",
+    ):  # fmt: skip
         self.zygote = zygote
         self.log = config.with_suffix(".log")
         argv = ["--config", str(config), "--resume", "auto", *arguments]
@@ -104,10 +105,11 @@ class Launch:
             if processes > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
                 env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                env |= {"ACCELERATE_USE_CPU": "true"}
-            if processes > 1 and deepspeed:
+            if processes > 1 and deepspeed is None:
+                env |= {"ACCELERATE_USE_CPU": "true"}  # with which accelerate would leave DeepSpeed out
+            elif processes > 1:
                 env |= {"ACCELERATE_USE_DEEPSPEED": "true"}
-                env |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed/zero2.json"}
+                env |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": f"configs/deepspeed/{deepspeed}.json"}
             self.pids.append(zygote.ask(run=script, argv=argv, env=env, log=str(self.log))["pid"])
 
     def send(self, number: int) -> None:

@@ -26,7 +26,7 @@ COMMON = [
 ONE = ["--per_device_train_batch_size", "16"]
 CPU = ("--config_file", "configs/accelerate/cpu.yaml")
 STUB = ["--rollout.engine", "vllm", "--rollout.transport", "shm", "--rollout.max_logp_diff", "100"]
-STUB += ["--rewards", "{language: {target: en}, repetition: {ngram: 1}}"]
+STUB += ["--rewards", "{overlong: {max_tokens: 24, cache_tokens: 20}, repetition: {ngram: 1}}"]
 # Name -> (accelerate's arguments, the run's arguments).
 SETTINGS: dict[str, tuple[tuple[str, ...], list]] = {
     "one_process": (CPU, ONE),

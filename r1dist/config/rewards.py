@@ -25,7 +25,7 @@ class Reward:
     from_step: int = Field(default=0, ge=0)
     """Optimizer steps before which it is left out."""
     target: Literal["prompt", *SCRIPT] | None = None  # type: ignore[valid-type]
-    """`language`: the language that is asked for. `prompt`, the default: that of the row's problem."""
+    """`language`: the language to think in. `prompt`, the default: that of the row's problem."""
     model: PathText | None = None
     """`helpfulness`, `safety`: the folder of the reward model (launch/reward_model.py)."""
     max_tokens: PositiveInt | None = None
@@ -42,12 +42,12 @@ class Reward:
 
 @dataclass(config=STRICT, kw_only=True)
 class Verify:
-    """The worker processes that verify answers."""
+    """The worker processes that verify answers, and that compute other rewards whose time depends on the text."""
 
     workers: MayChange[PositiveInt | None] = None
     """Of each training process. Unset: the machine's cores, divided among its training processes."""
     seconds: MayChange[float] = Field(default=5, gt=0)
-    """Wall-clock seconds that one answer may take; beyond, it is wrong and its worker is replaced."""
+    """Wall-clock seconds that one score may take; beyond, it is 0 and its worker is replaced."""
     code_seconds: MayChange[float] = Field(default=120, gt=0)
     """Wall-clock seconds for a program with all its tests; beyond, it scores 0. Each test has 10 at most."""
     memory_mib: MayChange[PositiveInt] = 1024

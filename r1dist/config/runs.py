@@ -94,7 +94,7 @@ class EvaluateRun:
     requests: Requests | None = None
     """General requests, answered greedily."""
     target_language: Language = "en"
-    """The language of which the share of words is reported."""
+    """The language of which the share of words in the thinking is reported."""
     batch_size: PositiveInt = 256
     """Sequences decoded at once."""
     verify: Verify = Field(default_factory=Verify)

@@ -62,9 +62,9 @@ class Filters:
     finished: bool = True
     """It ended by itself, not at `max_tokens`."""
     language: Language | None = "en"
-    """The language of its words."""
+    """The language of its words, in the thinking and in the whole text."""
     min_language_share: float = Field(default=0.95, ge=0, le=1)
-    """Least share of words in that language."""
+    """Least share of words in that language, in either."""
     min_tokens: PositiveInt | None = None
     """Shorter samples are dropped: too little reasoning to learn from."""
     max_tokens: PositiveInt | None = None

@@ -19,6 +19,7 @@ from ..rewards.format import has_format
 from ..rewards.golds import check_golds
 from ..rewards.language import language_share
 from ..rewards.pool import Pool
+from ..rewards.thinking import thinking_of
 from ..run.process import set_up_process
 from .complete import complete, with_texts
 from .intervals import clustered_interval
@@ -30,8 +31,9 @@ class Scores:
     """The result of greedy or sampled completions.
 
     `accuracy` is pass@1 averaged over problems and samples, `ci95` its interval over problems. `format` and
-    `finished` are shares of completions, `language` the mean share of words in the target language, with its
-    interval over problems (both None if no completion holds a word), `mean_tokens` the mean length.
+    `finished` are shares of completions, `mean_tokens` the mean length. `language` is the mean share of words in the
+    target language in the thinking, with its interval over problems, of completions that think a word (both None if
+    there is none).
     """
 
     problems: int
@@ -99,7 +101,7 @@ def _scores(rollouts: list[Rollout], texts: list[str], right: list[float | None]
     by_problem = [right[i : i + samples] for i in range(0, len(right), samples)]
     # The gold answer decides whether a row can be scored, so all samples of a problem can or none.
     rates = [fmean(scores) for scores in by_problem if scores[0] is not None]
-    shares = [language_share(text, target) for text in texts]
+    shares = [language_share(thinking_of(text), target) for text in texts]
     spoken = [[s for s in shares[i : i + samples] if s is not None] for i in range(0, len(shares), samples)]
     in_target = [fmean(shares) for shares in spoken if shares]
     return Scores(

@@ -128,7 +128,7 @@ def _comparisons(stages: list[dict]) -> str:
     charts = svg.dots(accuracy, "Greedy accuracy on unseen problems, with 95 % intervals") if accuracy else ""
     sampled = [(s["name"], s["sampled"]["accuracy"], s["sampled"]["ci95"]) for s in rated]
     charts += svg.dots(sampled, "Sampled accuracy on the same problems, with 95 % intervals") if sampled else ""
-    charts += svg.dots(language, "Share of words in the target language, sampled") if language else ""
+    charts += svg.dots(language, "Share of words in the target language, in the thinking, sampled") if language else ""
     return f"<h2>Stage against stage</h2><div class='charts'>{charts}</div>"
 
 

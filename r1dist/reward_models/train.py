@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import trl
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -68,8 +69,7 @@ def train(run: RewardModelRun) -> None:
     check_lora(run.model, "SEQ_CLS")
     pairwise = run.loss == "pairwise"
     dataset = (pair_dataset if pairwise else label_dataset)(run, template)
-    if run.holdout:  # which is used at the end; what is wrong with it is to be known now
-        (load_pairs if pairwise else load_labels)(run.holdout)
+    held_out = (load_pairs if pairwise else load_labels)(run.holdout) if run.holdout else None
     weights = weights_path(run.model)
     arguments = trl_arguments(
         trl.RewardConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model)
@@ -86,24 +86,28 @@ def train(run: RewardModelRun) -> None:
         show_progress(trainer, COLUMNS)
         trainer.train(resume_from_checkpoint=checkpoint)
         save_trained(trainer, run.model, "SEQ_CLS")
-        if run.holdout and trainer.is_world_process_zero():
-            scores = measure(run)
+        if held_out is not None:
+            scores = measure(run, held_out, arguments.process_index, arguments.world_size)
             logger.info("right on %.1f %% of %d rows held out", 100 * scores.accuracy, scores.rows)
-            write_json(Path(arguments.output_dir) / SCORES, asdict(scores))
+            if trainer.is_world_process_zero():
+                write_json(Path(arguments.output_dir) / SCORES, asdict(scores))
         trainer.accelerator.end_training()  # as in grpo.py
 
 
-def measure(run: RewardModelRun) -> Scores:
-    """The saved model on `run.holdout`: the better reply scored higher, or the label on its side of a half."""
+def measure(run: RewardModelRun, rows: Dataset, rank: int = 0, ranks: int = 1) -> Scores:
+    """The saved model on `rows`: the better reply scored higher, or the label on its side of a half.
+
+    Each rank has the whole model, as a reward has it, and scores its share of the rows. A collective.
+    """
+    own = rows.select(range(rank, len(rows), ranks))
     if run.loss == "pairwise":
-        rows = load_pairs(run.holdout)
         model = ModelReward("helpfulness", run.trl["output_dir"])
-        chosen, rejected = (model(rows[name], list(rows)) for name in ("chosen", "rejected"))
+        chosen, rejected = (model(own[name], list(own)) for name in ("chosen", "rejected"))
         right = [float(better > worse) for better, worse in zip(chosen, rejected, strict=True)]
     else:
-        rows = load_labels(run.holdout)
-        scores = ModelReward("safety", run.trl["output_dir"])(rows["completion"], list(rows))
-        right = [float((score > 0.5) == bool(label)) for score, label in zip(scores, rows["label"], strict=True)]
+        scores = ModelReward("safety", run.trl["output_dir"])(own["completion"], list(own))
+        right = [float((score > 0.5) == bool(label)) for score, label in zip(scores, own["label"], strict=True)]
+    right = gather_object(right)
     return Scores(len(right), fmean(right), clustered_interval(right))
 
 

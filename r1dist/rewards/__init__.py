@@ -7,7 +7,7 @@ holds nothing to measure. TRL leaves such a score out of the row's sum.
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.rewards import Reward, check_rewards, parameters
 from ..errors import VerifiersBroken
@@ -30,21 +30,27 @@ Scorer = Callable[[list[str], list[dict]], list[float | None]]
 completion), `group_tokens` (those of all completions of its prompt) and `VERIFIED`."""
 
 ONE_BY_ONE: dict[str, Callable[..., float | None]] = {
-    "code_format": code_format,
     "cosine": cosine,
     "format": format_reward,
-    "language": language,
     "length": length,
     "overlong": overlong,
-    "reasoning_steps": reasoning_steps,
-    "repetition": repetition,
     "soft_format": soft_format,
     "tag_count": tag_count,
 }
-"""Rewards of a completion and its row, called with the parameters that the YAML gives."""
+"""Rewards of a completion and its row, called with the parameters that the YAML gives.
 
-VERIFIERS: dict[str, Callable[[str, dict], float | None]] = {"accuracy": accuracy, "code": code}
-"""What an answer can make slow, or worse: only ever called in a pool's workers."""
+They run in the trainer's thread: the longest completion, whatever it holds, takes them a few milliseconds.
+"""
+
+VERIFIERS: dict[str, Callable[..., float | None]] = {
+    "accuracy": accuracy,
+    "code": code,
+    "code_format": code_format,
+    "language": language,
+    "reasoning_steps": reasoning_steps,
+    "repetition": repetition,
+}
+"""The same, where a completion can make them slow, or worse: only ever called in a pool's workers."""
 VERIFIED = "verified"
 """Column of `score`'s rows: verifier -> score."""
 GRADED = ("cosine", "length")
@@ -56,7 +62,7 @@ class Rewards:
 
     Args:
         rewards: As the YAML names them.
-        pool: Where answers are verified; it must know `VERIFIERS`.
+        pool: Where `VERIFIERS` run; it must know them.
         dataset: The run's rows, with `kind` and `answer`. None: they are not checked.
 
     Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, for rows of which no gold answer can
@@ -80,7 +86,7 @@ class Rewards:
     def begin(self, rollout_id: tuple, step: int, text: str, row: dict) -> None:
         """Let the verification of a completion start, before `score` asks for it."""
         for verifier in self._due(step, row):
-            self._pending[rollout_id, verifier] = self.pool.submit(verifier, text, row)
+            self._pending[rollout_id, verifier] = self._submit(verifier, text, row)
 
     def wait(self, rollout_ids: Sequence[tuple], heartbeat: Callable[[], None]) -> str | None:
         """Wait for these rollouts' verification, with a heartbeat for each that ends.
@@ -118,8 +124,13 @@ class Rewards:
         }
 
     def _result(self, rollout_id: tuple, verifier: str, text: str, row: dict) -> float | None:
-        future = self._pending.pop((rollout_id, verifier), None) or self.pool.submit(verifier, text, row)
+        future = self._pending.pop((rollout_id, verifier), None) or self._submit(verifier, text, row)
         return future.result()
+
+    def _submit(self, verifier: str, text: str, row: dict) -> Future:
+        # `accuracy` is also asked for rewards that are graded by it.
+        given = parameters(verifier, self.rewards[verifier]) if verifier in self.rewards else {}
+        return self.pool.submit(verifier, text, row, **given)
 
     def _due(self, step: int, row: dict) -> set[str]:
         """The verifiers that the row's rewards ask at `step`."""
@@ -133,7 +144,7 @@ class Rewards:
 
 def _scorer(name: str, reward: Reward, pool: Pool) -> Scorer:
     if name in VERIFIERS:
-        return functools.partial(_verified, name, pool)
+        return functools.partial(_verified, name, pool, **parameters(name, reward))
     if name not in ONE_BY_ONE:
         from .model import ModelReward  # torch and transformers are nothing for a pool's workers to import
 
@@ -149,10 +160,10 @@ def _scorer(name: str, reward: Reward, pool: Pool) -> Scorer:
     return scores
 
 
-def _verified(name: str, pool: Pool, texts: list[str], rows: list[dict]) -> list[float | None]:
+def _verified(name: str, pool: Pool, texts: list[str], rows: list[dict], **given: Any) -> list[float | None]:
     if rows and VERIFIED in rows[0]:
         return [row[VERIFIED][name] for row in rows]
-    return pool.scores(name, texts, rows)
+    return pool.scores(name, texts, rows, **given)
 
 
 def _for_kinds(scorer: Scorer, kinds: list[str] | None) -> Scorer:

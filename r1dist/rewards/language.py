@@ -1,9 +1,10 @@
-"""Which language are the words in? Script decides where it can; py3langid where languages share a script.
+"""Which language is thought in? Script decides where it can; py3langid where languages share a script.
 
 Not handled: a foreign phrase of a few words in a window of `WINDOW` words of the same script; languages that are
 not in `r1dist.languages`, which count as the nearest of those that are, or as none.
 """
 
+import copy
 import functools
 from collections import Counter
 
@@ -11,6 +12,7 @@ import regex
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from ..config.languages import BY_SCRIPT, SCRIPT
+from .thinking import thinking_of
 
 # Where no spaces are written between words, each character is one. A single Latin or Greek letter is a formula's
 # symbol rather than a word.
@@ -23,8 +25,14 @@ WORD = regex.compile(
     regex.VERBOSE | regex.VERSION1,
 )
 TAG = regex.compile(r"</?(?:think|answer)>")
-LATEX = regex.compile(r"\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+", regex.DOTALL)
-CODE = regex.compile(r"```.*?```|`[^`\n]*`", regex.DOTALL)
+# An opener is searched for its end only up to the next one: else, where none is closed, the time would grow with the
+# square of the text. Two backslashes are a line break, also before a bracket.
+LATEX = regex.compile(
+    r"""\\\\ | \$\$[^$]*+(?:\$(?!\$)[^$]*+)*+\$\$ | \$[^$\n]*+\$
+    | \\\( (?:[^\\]|\\[^()])*+ \\\) | \\\[ (?:[^\\]|\\[^\[\]])*+ \\\] | \\[a-zA-Z]+""",
+    regex.VERBOSE | regex.DOTALL,
+)
+CODE = regex.compile(r"```.*?```|`[^`\n]*+`", regex.DOTALL)
 WINDOW = 8
 # Below it, the identifier is not trusted to contradict what is expected. docs/rewards.md has the measurement.
 SURE = 0.7
@@ -33,16 +41,23 @@ KANA_SHARE = 0.1
 
 
 def language(completion: str, row: dict, target: str) -> float | None:
-    """`language_share` of the target, or, for "prompt", of the language of the row's `problem`."""
-    return language_share(completion, problem_language(row.get("problem", "")) if target == "prompt" else target)
+    """`language_share` of what is thought; 0 if nothing is, as far as the thinking got if it was cut off.
+
+    Words in `target` in the thinking / words in the thinking. Range [0, 1]; None for a thought without a word. With
+    "prompt" as `target` it is the language of the row's `problem`. Source: DeepSeek-R1 (arXiv 2501.12948), section
+    2.3.2: "the proportion of target language words in the CoT".
+    """
+    thought = thinking_of(completion)
+    if not thought.strip():
+        return 0.0
+    return language_share(thought, problem_language(row.get("problem", "")) if target == "prompt" else target)
 
 
 def language_share(text: str, target: str) -> float | None:
-    """The share of words in `target` (ISO 639-1, of `r1dist.languages`); None if there is no word.
+    """The share of words in `target` (ISO 639-1, of `config.languages`); None if there is no word.
 
     Range [0, 1]. Tags, LaTeX, code, numbers and single Latin letters are no words. Words of a script that several
-    languages share are judged `WINDOW` at a time, and count as `target` unless another is `SURE`ly meant. Source:
-    DeepSeek-R1 (arXiv 2501.12948), section 2.3.2: the proportion of target language words.
+    languages share are judged `WINDOW` at a time, and count as `target` unless another is `SURE`ly meant.
     """
     words = _words(text)
     if not words:
@@ -91,7 +106,12 @@ def _language_of(words: list[str], expected: str) -> str:
 
 @functools.cache
 def _identifier(script: str) -> LanguageIdentifier:
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier = copy.copy(_model())
     # With fewer to choose from, short text is identified more reliably.
     identifier.set_languages(BY_SCRIPT[script])
     return identifier
+
+
+@functools.cache
+def _model() -> LanguageIdentifier:
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

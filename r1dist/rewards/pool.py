@@ -1,4 +1,4 @@
-"""Verification in worker processes: an answer that hangs, fills memory or kills its process costs its own limit only.
+"""Scores from worker processes: an answer that hangs, fills memory or kills its process costs its own limit only.
 
 Every worker has its own pipe and thread. If one dies, only its current item is lost, and that item is verified again.
 (In pools that share a queue, a worker killed while it holds the queue's lock breaks them all.) A score depends on the
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import Verify
 from ..errors import VerifiersBroken
@@ -30,7 +30,17 @@ BACK_OFF = 15.0  # seconds between two tries, at most, while nothing can be veri
 START_SECONDS = 120.0
 MIB = 2**20
 
-Verifier = Callable[[str, dict], float | None]
+Verifier = Callable[..., float | None]
+"""Called with a completion, its row, and by name with what parameters it takes."""
+
+
+class Item(NamedTuple):
+    """What a worker is asked: the score of `completion` by the verifier `name`."""
+
+    name: str
+    completion: str
+    row: dict
+    parameters: dict[str, Any]
 
 
 class Died(Exception):
@@ -45,8 +55,7 @@ class Pool:
     """Scores by `verifiers`, in worker processes.
 
     Args:
-        verifiers: Name -> function of a completion and its row, which workers import by its module and name. It may
-            raise `VerifiersBroken`.
+        verifiers: Name -> function, which workers import by its module and name. It may raise `VerifiersBroken`.
         limits: What an item may cost, how many workers, how long to wait for verifiers that are down.
         share: Among how many processes the machine's cores are divided.
 
@@ -86,33 +95,35 @@ class Pool:
         for thread in self._threads:
             thread.join()
 
-    def submit(self, name: str, completion: str, row: dict) -> Future:
+    def submit(self, name: str, completion: str, row: dict, **parameters: Any) -> Future:
         """The score to come of `completion`; its `result` raises `VerifiersBroken`, or what the verifier raised."""
         future: Future = Future()
-        self._items.put((future, name, completion, row))
+        self._items.put((future, Item(name, completion, row, parameters)))
         return future
 
-    def scores(self, name: str, completions: Sequence[str], rows: Sequence[dict]) -> list[float | None]:
+    def scores(
+        self, name: str, completions: Sequence[str], rows: Sequence[dict], **parameters: Any
+    ) -> list[float | None]:
         """The scores in the order of `completions`. Raises as `submit`'s futures do."""
-        futures = [self.submit(name, text, row) for text, row in zip(completions, rows, strict=True)]
+        futures = [self.submit(name, text, row, **parameters) for text, row in zip(completions, rows, strict=True)]
         return [future.result() for future in futures]
 
     def _serve(self) -> None:
         """One worker's life, and that of those that follow it."""
         worker = _Worker(self._context, self.verifiers, self.limits)
-        while (item := self._items.get()) is not None:
-            future, *asked = item
+        while (asked := self._items.get()) is not None:
+            future, item = asked
             try:
-                future.set_result(self._score(worker, *asked))
+                future.set_result(self._score(worker, item))
             except Exception as error:  # whatever it is, it belongs to whoever waits for the score
                 future.set_exception(error)
         worker.end()
 
-    def _score(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
+    def _score(self, worker: "_Worker", item: Item) -> float | None:
         waited = 1.0
         while True:
             try:
-                score = self._within_limits(worker, name, completion, row)
+                score = self._within_limits(worker, item)
                 self._broken_since = None
                 return score
             except VerifiersBroken as error:
@@ -123,22 +134,22 @@ class Pool:
                     raise VerifiersBroken(f"{error} (tried for {tried:.0f} s)") from error
                 waited = min(2 * waited, BACK_OFF)
 
-    def _within_limits(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
+    def _within_limits(self, worker: "_Worker", item: Item) -> float | None:
         try:
-            return self._asked_again(worker, name, completion, row)
+            return self._asked_again(worker, item)
         except Overran:
             self.counts["overran"] += 1
         try:
             # A row with a gold answer that cannot be parsed is unscorable, not wrong.
-            unscorable = self._asked_again(worker, name, "", row) is None
+            unscorable = self._asked_again(worker, item._replace(completion="")) is None
         except Overran:
             unscorable = True
         return None if unscorable else 0.0
 
-    def _asked_again(self, worker: "_Worker", name: str, completion: str, row: dict) -> float | None:
+    def _asked_again(self, worker: "_Worker", item: Item) -> float | None:
         for _ in range(DEATHS):
             try:
-                return worker.ask(name, completion, row, self.limits.of(name))
+                return worker.ask(item, self.limits.of(item.name))
             except Died:
                 self.counts["died"] += 1
         raise Overran
@@ -152,12 +163,12 @@ class _Worker:
         self._process: _Process | None = None
         self._spare: _Process | None = None
 
-    def ask(self, name: str, completion: str, row: dict, seconds: float) -> float | None:
+    def ask(self, item: Item, seconds: float) -> float | None:
         """The verifier's score. Raises `Died`, `Overran`, `VerifiersBroken`, or what the verifier raised."""
         if self._process is None:
             self._process = self._up()
         try:
-            self._process.pipe.send((name, completion, row))
+            self._process.pipe.send(item)
             if not self._answers(seconds):
                 self._drop()
                 raise Overran
@@ -232,13 +243,13 @@ def _work(pipe: Connection, verifiers: dict[str, Verifier], limits: Verify) -> N
     pipe.send(True)
     while True:
         try:
-            name, completion, row = pipe.recv()
+            item = pipe.recv()
         except EOFError:
             return
         # Code that holds the interpreter's lock lets no thread run. This clock's signal ends the process all the same.
-        signal.setitimer(signal.ITIMER_PROF, 2 * limits.of(name))
+        signal.setitimer(signal.ITIMER_PROF, 2 * limits.of(item.name))
         try:
-            outcome = (verifiers[name](completion, row), None)
+            outcome = (verifiers[item.name](item.completion, item.row, **item.parameters), None)
         except (MemoryError, RecursionError):
             outcome = (None, Overran())
         except Exception as error:  # handed on to whoever asked

@@ -43,8 +43,7 @@ def train(run: GRPORun) -> None:
 
 
 def _train(run: GRPORun, pool: Pool) -> None:
-    # Before TRL's arguments: once they have set transformers up for ZeRO-3, what is merged here would be sharded.
-    weights_path(run.model)
+    weights_path(run.model)  # adapters that cannot be merged are refused before anything is written
     template = load_template(run.model, run.data.template)
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, template, context, trl_value(run, "max_completion_length"))

@@ -8,6 +8,7 @@ from ..rewards.format import has_format
 from ..rewards.language import language_share
 from ..rewards.math.accuracy import final_answer
 from ..rewards.repetition import repetition_share
+from ..rewards.thinking import CLOSE, OPEN, after_thinking, thinking_of
 
 NGRAM = 8
 
@@ -29,10 +30,9 @@ def refine(text: str, how: Refine) -> str:
 
     A text without both parts is returned as it is. The final answer stays what it was.
     """
-    thought, closed, tail = text.partition("</think>")
-    reasoning = thought.rpartition("<think>")[2]
-    if not closed or "</think>" in tail or "<answer>" not in tail:
+    if text.count(CLOSE) != 1 or text.count(OPEN) > 1 or "<answer>" not in after_thinking(text):
         return text
+    reasoning = thinking_of(text)
     for pattern in how.filler:
         reasoning = re.sub(pattern, "", reasoning)
     return f"<think>{reasoning.strip()}</think>\n<answer>{final_answer(text).strip()}</answer>"
@@ -43,9 +43,15 @@ def scores(sample: Sample, text: str, filters: Filters) -> dict[str, float | Non
     return {
         "accuracy": sample.accuracy,
         "format": float(has_format(text)),
-        "language": None if filters.language is None else language_share(text, filters.language),
+        "language": None if filters.language is None else _language_share(text, filters.language),
         "repetition": repetition_share(text, NGRAM),
     }
+
+
+def _language_share(text: str, target: str) -> float | None:
+    """The smaller share of words in `target`: in the thinking, or in the whole text. None without a word."""
+    shares = [language_share(part, target) for part in (thinking_of(text), text)]
+    return min((share for share in shares if share is not None), default=None)
 
 
 def fault(sample: Sample, text: str, scored: dict[str, float | None], filters: Filters) -> str | None:

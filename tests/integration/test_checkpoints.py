@@ -148,7 +148,7 @@ def test_other_processes_go_on_with_the_same_prompts(tmp_path, zygote):
     config = grpo(tmp_path, train={})  # which groups are replaced depends on who holds them
     ways = ((1, 3, ()), (2, 7, ("--per_device_train_batch_size", "8")), (1, 12, ()))
     for processes, steps, more in ways:
-        launch = Launch(zygote, "grpo.py", config, processes, "--max_steps", str(steps), *more, deepspeed=False)
+        launch = Launch(zygote, "grpo.py", config, processes, "--max_steps", str(steps), *more, deepspeed=None)
         assert launch.wait() == [0] * processes, launch.log.read_text()[-3000:]
     said = launch.log.read_text()
     assert "checkpoint-3 is between the steps of a generation" in said
@@ -158,7 +158,7 @@ def test_other_processes_go_on_with_the_same_prompts(tmp_path, zygote):
 
 def test_other_processes_with_other_rows_are_refused(copy, zygote):
     config = write_yaml(copy / "run.yaml", {**SFT, "output_dir": str(copy / "run"), "max_steps": 8, "save_steps": 2})
-    launch = Launch(zygote, "sft.py", config, 2, deepspeed=False)
+    launch = Launch(zygote, "sft.py", config, 2, deepspeed=None)
     assert EXIT_BAD_INPUT in launch.wait()
     assert "its steps had 4 rows, 8 now" in launch.log.read_text()
 

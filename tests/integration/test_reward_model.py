@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 from conftest import launch, write_yaml
+from small_runs import LABELS as SMALL_LABELS
+from small_runs import PAIRS as SMALL_PAIRS
+from small_runs import Launch
 from transformers import AutoModelForSequenceClassification
 
 from r1dist.config import Reward, RewardModelRun, Source
 from r1dist.config.loader import build
 from r1dist.data.sources import load_labels, load_pairs
 from r1dist.errors import UserError
-from r1dist.reward_models.train import label_dataset, new_classifier, pair_dataset
+from r1dist.reward_models.train import label_dataset, measure, new_classifier, pair_dataset
 from r1dist.rewards import Rewards
 from r1dist.rewards.model import ModelReward
 from r1dist.tiny import BASE_DIR, talk
@@ -49,6 +52,28 @@ def test_they_learn_and_are_measured_on_rows_held_out(trained):
         scores = json.loads((trained / name / "evaluation.json").read_text())
         assert scores["rows"] > 200 and scores["accuracy"] > 0.7, (name, scores)
         assert scores["ci95"][0] < scores["accuracy"] < scores["ci95"][1]
+
+
+@pytest.mark.parametrize(
+    ("tree", "load", "lora", "deepspeed"),
+    [
+        (SMALL_PAIRS, load_pairs, None, None),
+        (SMALL_PAIRS, load_pairs, None, "zero3"),
+        (SMALL_LABELS, load_labels, {"r": 4}, "zero3"),
+    ],
+)
+def test_several_ranks_measure_what_one_does(tree, load, lora, deepspeed, zygote, tmp_path):
+    (source,) = tree["sources"]
+    held_out = [{**source, "split": "test", "limit": 23}]  # no multiple of the ranks
+    short = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 2}
+    tree = {**tree, **short, "model": {"path": "tiny", "lora": lora}, "holdout": held_out}
+    config = write_yaml(tmp_path / "run.yaml", {**tree, "output_dir": str(tmp_path / "run")})
+    launch = Launch(zygote, "reward_model.py", config, 2, deepspeed=deepspeed)
+    assert launch.wait() == [0, 0], launch.log.read_text()[-3000:]
+    run = build(RewardModelRun, {**tree, "output_dir": str(tmp_path / "run")}, "test")
+    alone = measure(run, load(run.holdout))
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert scores == {"rows": 23, "accuracy": alone.accuracy, "ci95": pytest.approx(alone.ci95)}
 
 
 def test_a_classifiers_head_is_the_seeds_whatever_was_drawn_before(tokenizer):

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from r1dist.adapters import load_model, merged_path
 from r1dist.cluster.plan import Sharding, training_memory
@@ -25,6 +26,7 @@ from r1dist.rewards.model import ModelReward, conversation_ids
 from r1dist.sft import train as sft
 from r1dist.tiny import BASE_DIR
 
+ZERO3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 IDS = torch.tensor([[5, 80, 200, 17, 3, 9]])
 
 
@@ -39,6 +41,17 @@ def adapters(folder, auto_class=AutoModelForCausalLM, task="CAUSAL_LM", base=BAS
     model.save_pretrained(folder)
     with torch.no_grad():
         return str(folder), model(IDS).logits
+
+
+def test_a_model_is_whole_where_a_trainers_is_sharded(tmp_path):
+    folder, _ = adapters(tmp_path, AutoModelForSequenceClassification, "SEQ_CLS", num_labels=1)
+    reply = (["Hello!"], [{"problem": "Say hello."}])
+    plain = ModelReward("helpfulness", folder)(*reply)
+    sharding = HfDeepSpeedConfig(ZERO3)  # as TRL's arguments leave it, as long as they live
+    assert ModelReward("helpfulness", folder)(*reply) == plain
+    assert is_deepspeed_zero3_enabled()  # of what is loaded to be trained
+    del sharding
+    assert not is_deepspeed_zero3_enabled()
 
 
 def test_merged_is_what_the_adapters_compute_and_what_their_equation_says(tmp_path, base_model):

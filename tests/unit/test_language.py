@@ -11,7 +11,9 @@ from conftest import ROOT
 from r1dist.config import Reward
 from r1dist.config.languages import SCRIPT
 from r1dist.rewards import Rewards
+from r1dist.rewards.language import language as language_reward
 from r1dist.rewards.language import language_share, problem_language
+from r1dist.rewards.thinking import after_thinking, thinking_of
 from r1dist.tiny import talk, worked
 
 SENTENCES = [line.split("\t") for line in (ROOT / "bench" / "sentences.tsv").read_text("utf-8").splitlines()]
@@ -99,7 +101,7 @@ def test_code_formulas_numbers_and_symbols_are_no_words():
 def test_the_target_may_be_the_prompts(pool):
     problems = {language: text for language, text in SENTENCES}
     rows = [{"problem": problems[name], "kind": "math"} for name in ("fr", "zh", "en")]
-    texts = [problems["fr"], problems["en"], problems["fr"]]
+    texts = [f"<think>{problems[name]}</think>" for name in ("fr", "en", "fr")]
     assert Rewards({"language": Reward()}, pool).scorers["language"](texts, rows) == [1.0, 0.0, 0.0]
     assert Rewards({"language": Reward(target="prompt")}, pool).scorers["language"](texts, rows) == [1.0, 0.0, 0.0]
     assert Rewards({"language": Reward(target="fr")}, pool).scorers["language"](texts, rows) == [1.0, 0.0, 1.0]
@@ -108,6 +110,59 @@ def test_the_target_may_be_the_prompts(pool):
 @pytest.mark.parametrize("target", sorted(SCRIPT))
 def test_every_language_can_be_asked_for(target):
     assert language_share("one two three four five six seven eight", target) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("completion", "thought", "after"),
+    [
+        ("<think>a</think>b", "a", "b"),
+        ("x<think>a</think>b", "a", "b"),
+        ("a</think>b", "a", "b"),  # the prompt opened it
+        ("<think>a", "a", ""),
+        ("b", "", "b"),
+        ("<think></think>b", "", "b"),
+        ("<think>a</think>b<think>c</think>d", "a</think>b<think>c", "d"),
+        ("a</think>b<think>c</think>d", "a</think>b<think>c", "d"),
+        ("<think>a</think>b<think>c", "a\nc", "b"),
+        ("a</think>b<think>c", "a\nc", "b"),
+        ("<think>a<think>b</think>c", "a<think>b", "c"),
+        ("", "", ""),
+    ],
+)
+def test_what_is_thought_and_what_comes_after(completion, thought, after):
+    assert (thinking_of(completion), after_thinking(completion)) == (thought, after)
+
+
+@pytest.mark.parametrize(
+    ("completion", "share"),
+    [
+        ("<think></think><answer>The answer is seven.</answer>", 0),
+        ("<think> \n</think><answer>The answer is seven.</answer>", 0),
+        ("The answer is seven.", 0),
+        ("", 0),
+        ("<think>我们先算。</think><answer>It is easy to see that the answer must be seven.</answer>", 0),
+        ("<think>We add three and four.</think><answer>答案是七。</answer>", 1),
+        ("We add three and four.</think><answer>答案是七。</answer>", 1),
+        ("<think>We add three and 四", 0.8),  # cut off
+        ("<think>three</think> 四 <think>four</think> 七", 2 / 3),
+        ("<think>$3+4=7$</think><answer>Seven</answer>", None),
+    ],
+)
+def test_the_reward_is_for_the_language_of_the_thinking(completion, share):
+    assert language_reward(completion, {}, "en") == (share if share is None else pytest.approx(share))
+
+
+def test_openers_that_are_never_closed_take_no_quadratic_time():
+    begin = time.process_time()
+    for opener in ("\\( ", "\\[ ", "$$ ", "$ ", "`", "``` ", "\\\\[ "):
+        language_share(f"{opener * 40_000} end", "zh")
+    assert time.process_time() - begin < 2  # more, if they did
+
+
+def test_formulas_end_where_they_are_closed():
+    assert language_share(r"因此 \[ a \\[2pt] \text{area} \] 与 \(\left(one\right)\) 好", "zh") == 1.0
+    assert language_share(r"never closed \( words \(here\)", "en") == 1.0
+    assert language_share("$$one$two$$ 好 $three$ four$", "zh") == 0.5
 
 
 def test_fast_where_script_decides():

@@ -1,8 +1,11 @@
 """Each reward against its formula written down a second time, and against what others' got wrong."""
 
 import math
+import random
+import re
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 from conftest import ROOT
@@ -126,6 +129,43 @@ def test_reasoning_steps_are_counted_by_their_marks(text, steps):
 )
 def test_three_ways_to_pay_for_the_form(text, strict, soft, tags):
     assert (format_reward(text, {}), soft_format(text, {}), tag_count(text, {})) == (strict, soft, tags)
+
+
+def test_the_format_is_what_its_expression_matches():
+    form = re.compile(r"\A\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*\Z", re.DOTALL)
+    pieces = ["<think>", "</think>", "<answer>", "</answer>"]
+    rng = random.Random(0)
+    kept = 0
+    for _ in range(20_000):
+        text = "".join(
+            piece + rng.choice(["", "", "a", "\n ", " b\n"])
+            for piece in (pieces if rng.random() < 0.5 else rng.choices(pieces, k=4))
+        )
+        found = form.match(text)
+        expected = (
+            all(text.count(tag) == 1 for tag in pieces) and found and all(part.strip() for part in found.groups())
+        )
+        assert format_reward(text, {}) == float(bool(expected)), text
+        kept += bool(expected)
+    assert kept > 500
+
+
+class Elsewhere:
+    """A pool whose workers score at once, whatever they are given."""
+
+    def submit(self, name: str, completion: str, row: dict, **parameters) -> Future:
+        done: Future = Future()
+        done.set_result(1.0)
+        return done
+
+
+def test_no_reward_costs_the_trainers_thread_much_whatever_the_text(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from thread_cost import NAMES, hostile_texts, thread_seconds
+
+    for name in NAMES:
+        for text in hostile_texts():
+            assert thread_seconds(name, text, Elsewhere()) < 0.1, (name, text[:40])  # 10 ms are meant
 
 
 def test_every_name_has_its_function_and_no_trainer_is_imported():

@@ -112,7 +112,7 @@ def test_a_reward_may_be_for_some_kinds_only_and_in_one_language(pool):
     texts = ["<answer>9</answer>", "<answer>9</answer>", "<answer>8</answer>"]
     assert Rewards({"accuracy": Reward(kinds=["math"])}, pool).scorers["accuracy"](texts, rows) == [1.0, None, 0.0]
     assert Rewards({"accuracy": Reward(kinds=["code"])}, pool).scorers["accuracy"](texts, rows) == [None] * 3
-    mixed = ["ends in 末位", "ends", "1+1"]
+    mixed = [f"<think>{thought}</think>" for thought in ("ends in 末位", "ends", "1+1")]
     assert Rewards({"language": Reward(target="zh")}, pool).scorers["language"](mixed, rows) == [0.5, 0.0, None]
     assert Rewards({"language": Reward()}, pool).scorers["language"](mixed, rows) == [0.5, 1.0, None]
 

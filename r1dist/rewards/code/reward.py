@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..math.accuracy import final_answer
+from ..thinking import after_thinking
 from .sandbox import Limits, compiler, python, run
 
 FENCE = re.compile(r"[ \t]*```[ \t]*([\w+]*)")
@@ -77,7 +78,7 @@ def program(completion: str, languages: set[str]) -> tuple[str, str] | None:
 
     Where the `<answer>` element holds none, the block may stand outside of it, but never in the thinking.
     """
-    blocks = _blocks(final_answer(completion), languages) or _blocks(completion.rpartition("</think>")[2], languages)
+    blocks = _blocks(final_answer(completion), languages) or _blocks(after_thinking(completion), languages)
     return blocks[-1] if blocks else None
 
 

@@ -28,6 +28,7 @@ from math_verify.grader import sort_key
 from sympy import Eq, Expr, Float, Set, Tuple, Union, floor, log, preorder_traversal
 from sympy.logic.boolalg import Boolean
 
+from ..thinking import after_thinking
 from .hostile import too_hard
 from .statement import Formula, Statement, denied, has_prose, stated_formula, statement, whole_formula
 from .units import contradict
@@ -87,10 +88,9 @@ class Gold(NamedTuple):
 def final_answer(completion: str) -> str:
     """The part of a completion that is graded.
 
-    What follows the last `</think>`, up to a `<think>` that is never closed (thinking is never graded), and of
-    that the inside of the last `<answer>` element if there is one.
+    What `after_thinking` gives, and of that the inside of the last `<answer>` element if there is one.
     """
-    tail = completion.rpartition("</think>")[2].partition("<think>")[0]
+    tail = after_thinking(completion)
     elements = ANSWER.findall(tail)
     return elements[-1] if elements else tail
 
