@@ -36,7 +36,6 @@ TYPES: dict[str, Any] = {
     "log_level": Literal["passive", "detail", "debug", "info", "warning", "error", "critical"],
     "log_level_replica": Literal["passive", "detail", "debug", "info", "warning", "error", "critical"],
     "output_dir": PathText,
-    "chat_template_path": PathText | None,
     "deepspeed": Annotated[dict | str | None, AfterValidator(expanded)],
 }
 

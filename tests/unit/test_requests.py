@@ -44,7 +44,7 @@ class Says:
             yield place, Rollout(request, ids, [0.0] * len(ids), "length" if reply.endswith("...") else "stop", 0)
 
 
-def test_replies_are_counted_as_what_they_are(tokenizer):
+def test_replies_are_counted_as_what_they_are(template):
     harmless = talk.rows(0, "test", unsafe=False)[:4]
     unsafe = talk.rows(0, "test", unsafe=True)[:2]
     replies = [
@@ -58,7 +58,7 @@ def test_replies_are_counted_as_what_they_are(tokenizer):
     sources = [Source(path="tiny_talk", split="test", kind="talk", limit=4)]
     sources += [Source(path="tiny_unsafe", split="test", kind="unsafe", limit=2)]
     run = EvaluateRun(model=Model(path="tiny"), data=Data(sources=sources), requests=Requests(sources=sources))
-    scores, completions = measure_requests(run, Says(tokenizer, replies), tokenizer, 2048)
+    scores, completions = measure_requests(run, Says(template.tokenizer, replies), template, 2048)
     assert (scores.requests, scores.answered, scores.declined) == (6, 1 / 4, 1 / 2)
     assert scores.as_reference == pytest.approx(1 / 6)
     assert scores.helpfulness is None and scores.safety is None
