@@ -18,6 +18,7 @@ from ..tiny import talk, worked
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves: of a Dataset, a DatasetDict
+INFO = "dataset_info.json"  # beside `SAVED`
 TINY_DEFAULT_ROWS = 4096
 GENERATED: dict[str, Callable[[Source], list[dict]]] = {
     "tiny": lambda source: worked.rows(source.limit or TINY_DEFAULT_ROWS, source.seed, source.split),
@@ -44,7 +45,7 @@ def read(source: Source) -> Dataset:
         raw = _from_file(source, path)
     elif (path / SAVED_SPLITS).is_file():
         raw = _from_saved_splits(source, path)
-    elif (path / SAVED).is_file():
+    elif (path / SAVED).is_file() and (path / INFO).is_file():
         raw = _from_saved(source, path)
     else:
         raw = _load(source, source.path, name=source.subset, split=source.split)
@@ -79,27 +80,32 @@ def holds_lists(raw: Dataset, column: str) -> bool:
     """Whether a value of `column` is a list."""
     feature = raw.features.get(column)
     if feature is None or isinstance(feature, Json):  # an inner column, or one whose values are of several types
-        outer = [name for name in raw.column_names if name == column or column.startswith(f"{name}.")]
-        return any(isinstance(value_of(row, column), list) for row in raw.select_columns(outer))
+        return any(isinstance(value_of(row, column), list) for row in raw.select_columns(_outer(raw, column)))
     return isinstance(feature, List | LargeList)
 
 
 def _is_there(raw: Dataset, column: str) -> bool:
-    return column in raw.column_names or any(
-        leaf == column or leaf.startswith(f"{column}.") for leaf in _leaves(raw) if "." in leaf
-    )
+    leaves = _leaves(raw.select_columns(_outer(raw, column)))
+    return column in raw.column_names or any(f"{leaf}.".startswith(f"{column}.") for leaf in leaves)
+
+
+def _outer(raw: Dataset, column: str) -> list[str]:
+    return [name for name in raw.column_names if f"{column}.".startswith(f"{name}.")]
 
 
 def _leaves(raw: Dataset) -> list[str]:
     """The names of all columns, of nested ones those of the inner ones, with dots."""
     found: dict[str, None] = {}
     for name, feature in raw.features.items():
-        if isinstance(feature, Json):  # each row may have other inner columns
-            inner = dict.fromkeys(leaf for value in raw[name] for leaf in _inner(value))
-        else:
-            inner = dict.fromkeys(_inner(feature))
+        # With `Json` each row may have other inner columns.
+        nested = raw[name] if _holds_json(feature) else [feature]
+        inner = dict.fromkeys(leaf for value in nested for leaf in _inner(value))
         found |= dict.fromkeys(f"{name}.{leaf}" if leaf else name for leaf in inner or [""])
     return list(found)
+
+
+def _holds_json(feature: Any) -> bool:
+    return isinstance(feature, Json) or (isinstance(feature, dict) and any(map(_holds_json, feature.values())))
 
 
 def _inner(nested: Any) -> Iterator[str]:
@@ -122,14 +128,20 @@ def _from_saved_splits(source: Source, path: Path) -> Dataset:
     splits = json.loads((path / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
     if source.split not in splits:
         raise UserError(f"data.sources: {path} has no split `{source.split}`; it has {', '.join(splits)}.")
-    return _from_saved(source, path / source.split)
+    return _from_arrow(source, path / source.split)
 
 
 def _from_saved(source: Source, path: Path) -> Dataset:
-    """Not by `load_from_disk`, which would leave the results of `map` in that folder."""
+    split = json.loads((path / SAVED).read_text(encoding="utf-8")).get("_split")
+    there = source.split if split is None else split.partition("[")[0]  # "train[:100]" is of `train`
+    if source.split != there:
+        raise UserError(f"data.sources: {path} has no split `{source.split}`; it has {there}.")
+    return _from_arrow(source, path)
+
+
+def _from_arrow(source: Source, path: Path) -> Dataset:
+    """What `save_to_disk` left. Not by `load_from_disk`, which would leave the results of `map` in that folder."""
     state = json.loads((path / SAVED).read_text(encoding="utf-8"))
-    if state["_split"] not in (None, source.split):
-        raise UserError(f"data.sources: {path} has no split `{source.split}`; it has {state['_split']}.")
     files = [str(path / part["filename"]) for part in state["_data_files"]]
     return _load(source, "arrow", data_files=files, split="train")
 

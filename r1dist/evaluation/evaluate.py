@@ -58,7 +58,7 @@ def evaluate(run: EvaluateRun) -> dict:
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
     with Pool(VERIFIERS, run.verify) as pool:
-        check_golds(dataset["answer"], pool)
+        check_golds("accuracy", dataset, pool)
         engine = load_engine(run.model, template, run.batch_size)
         scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)
         result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}

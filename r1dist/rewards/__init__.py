@@ -14,7 +14,7 @@ from ..errors import VerifiersBroken
 from .code.reward import code, code_format
 from .code.sandbox import require_sandbox
 from .format import format_reward, soft_format, tag_count
-from .golds import check_golds_of
+from .golds import GRADED, check_golds_of
 from .language import language
 from .length import cosine, length, overlong
 from .math.accuracy import accuracy
@@ -53,8 +53,6 @@ VERIFIERS: dict[str, Callable[..., float | None]] = {
 """The same, where a completion can make them slow, or worse: only ever called in a pool's workers."""
 VERIFIED = "verified"
 """Column of `score`'s rows: verifier -> score."""
-GRADED = ("cosine", "length")
-"""Rewards whose rows hold the completion's `accuracy`."""
 
 
 class Rewards:
@@ -63,17 +61,17 @@ class Rewards:
     Args:
         rewards: As the YAML names them.
         pool: Where `VERIFIERS` run; it must know them.
-        dataset: The run's rows, with `kind` and `answer`. None: they are not checked.
+        dataset: The run's rows. None: they are not checked.
 
-    Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, for rows of which no gold answer can
-    be scored, for a `model` that is none, and for `code` where no sandbox is installed; `VerifiersBroken` where the
+    Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, for rows of which none can be
+    scored, for a `model` that is none, and for `code` where no sandbox is installed; `VerifiersBroken` where the
     machine does not let it run.
     """
 
     def __init__(self, rewards: dict[str, Reward], pool: Pool, dataset: "Dataset | None" = None):
         check_rewards(rewards)
         if dataset is not None:
-            check_golds_of(rewards, dataset["kind"], dataset["answer"], pool)
+            check_golds_of(rewards, dataset, pool)
         if "code" in rewards:
             require_sandbox()
         self.rewards = rewards

@@ -1,55 +1,60 @@
-"""Gold answers that cannot be scored are found before anything is generated."""
+"""Rows that no completion can be scored on, for want of a readable gold answer or of tests: found before the start."""
 
 import logging
-from collections import Counter
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..config.rewards import Reward
 from ..errors import UserError
 from .pool import Pool
 
+if TYPE_CHECKING:  # nothing for a pool's workers to import
+    from datasets import Dataset
+
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 1000
-"""Of more different answers, so many are looked at, spread over the rows; of all, if none of those can be scored."""
-BY_ANSWER = ("accuracy", "cosine", "length")
+LOOKED_AT = 2000
+"""Of more rows, so many are looked at, spread over all; all others, too, if none of them can be scored."""
+GRADED = ("cosine", "length")
+"""Rewards whose rows hold the completion's `accuracy`."""
+COLUMNS = {"accuracy": ["answer"], "code": ["tests", "language"]}
+"""Verifier -> what it reads of a row."""
+LACKING = {
+    "accuracy": ("no gold answer parses", "`answer` or `answer_format`"),
+    "code": ("no row has tests that can be run", "`tests` and `language`"),
+}
 
 
-def check_golds(answers: Sequence[str | list[str] | None], pool: Pool, field: str = "data.sources") -> None:
-    """Raises `UserError`, which names `field`, if none of the gold `answers` can be scored; logs how many cannot."""
-    rows = Counter(tuple(answer) if isinstance(answer, list) else answer for answer in answers)
-    different = list(rows)
-    parts = -(-len(different) // LOOKED_AT)
-    seen, unscorable = 0, 0
+def check_golds(verifier: str, rows: "Dataset", pool: Pool, field: str = "data.sources") -> None:
+    """Raises `UserError`, which names `field`, if `verifier` can score none of `rows`; logs how many it cannot."""
+    parts = -(-len(rows) // LOOKED_AT)
+    columns = rows.select_columns(COLUMNS[verifier])
+    looked_at, unscorable = 0, 0
     for part in range(parts):
-        asked = different[part::parts]
-        scores = pool.scores("accuracy", [""] * len(asked), [{"answer": _as_column(answer)} for answer in asked])
-        seen += sum(rows[answer] for answer in asked)
-        unscorable += sum(rows[answer] for answer, score in zip(asked, scores, strict=True) if score is None)
-        if unscorable < seen:
+        asked = list(columns.select(range(part, len(rows), parts)))
+        scores = pool.scores(verifier, [""] * len(asked), asked)
+        looked_at, unscorable = looked_at + len(asked), unscorable + scores.count(None)
+        if unscorable < looked_at:
             break
     else:
-        raise UserError(f"{field}: no gold answer parses; set `answer` or `answer_format` of the source.")
+        what, mend = LACKING[verifier]
+        raise UserError(f"{field}: {what}; set {mend} of the source.")
     if unscorable:
-        logger.warning("%d of %d gold answers do not parse; no answer to them is scored", unscorable, seen)
+        sample = "" if looked_at == len(rows) else f" that were looked at, of {len(rows)},"
+        logger.warning("%d of %d rows%s cannot be scored by `%s`", unscorable, looked_at, sample, verifier)
 
 
-def check_golds_of(rewards: dict[str, Reward], kinds: Sequence[str], answers: Sequence, pool: Pool) -> None:
-    """`check_golds` of the rows, of which `kinds` and `answers` are columns, that a reward of right answers is for.
-
-    Raises `UserError` also if it is for none of them.
-    """
-    meant: set[int] = set()
-    for name in rewards.keys() & set(BY_ANSWER):
-        wanted = rewards[name].kinds
-        places = [place for place, kind in enumerate(kinds) if wanted is None or kind in wanted]
+def check_golds_of(rewards: dict[str, Reward], rows: "Dataset", pool: Pool) -> None:
+    """`check_golds` of what each reward verifies, on the rows of its kinds. Raises `UserError` if there are none."""
+    kinds = rows["kind"]
+    meant: dict[str, set[int]] = {}  # verifier -> places in `rows`
+    for name, reward in rewards.items():
+        verifier = "accuracy" if name in GRADED else name
+        if verifier not in COLUMNS:
+            continue
+        places = {place for place, kind in enumerate(kinds) if reward.kinds is None or kind in reward.kinds}
         if not places:
             there = ", ".join(sorted(set(kinds)))
-            raise UserError(f"rewards.{name}.kinds: no row is of kind {', '.join(wanted)}; there are {there}.")
-        meant.update(places)
-    if meant:
-        check_golds([answers[place] for place in sorted(meant)], pool)
-
-
-def _as_column(answer: str | tuple[str, ...] | None) -> str | list[str] | None:
-    return list(answer) if isinstance(answer, tuple) else answer
+            raise UserError(f"rewards.{name}.kinds: no row is of kind {', '.join(reward.kinds)}; there are {there}.")
+        meant[verifier] = meant.get(verifier, set()) | places
+    for verifier, places in meant.items():
+        check_golds(verifier, rows.select(sorted(places)), pool)

@@ -68,7 +68,7 @@ def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
     ]
     for number, prompts in enumerate(asked):
         if run.filters.correct:
-            check_golds(prompts["answer"], pool, f"generators.{number}.data.sources")
+            check_golds("accuracy", prompts, pool, f"generators.{number}.data.sources")
     return asked
 
 

@@ -15,8 +15,8 @@ from r1dist.config.loader import build
 from r1dist.errors import UserError
 from r1dist.files import RUN_FILE
 from r1dist.reward_models import train as reward_models
-from r1dist.rewards import Rewards, golds
-from r1dist.rewards.golds import check_golds
+from r1dist.rewards import golds
+from r1dist.rewards.golds import check_golds, check_golds_of
 from r1dist.rl import train as rl
 from r1dist.run.setup import check_rows, run_folder
 from r1dist.sampling import run as sampling
@@ -109,29 +109,52 @@ def test_rows_that_are_left_out_do_not_count(tmp_path, monkeypatch):
     refused(monkeypatch, rl, rl.train, grpo(output_dir=str(tmp_path / "run"), data=data), "3 rows are left")
 
 
+def rows_of(**columns) -> Dataset:
+    return Dataset.from_dict(columns)
+
+
 def test_golds_of_which_none_parses_are_refused_and_some_are_counted(pool, caplog, monkeypatch):
-    with pytest.raises(UserError, match=r"data.sources: no gold answer parses"):
-        check_golds([UNREADABLE, None, [UNREADABLE, "n/a"]], pool)
+    def check(*answers):
+        check_golds("accuracy", rows_of(answer=answers), pool)
+
+    for golds_of_rows in ((UNREADABLE, None), ([UNREADABLE, "n/a"], ["tbd"])):
+        with pytest.raises(UserError, match=r"data.sources: no gold answer parses"):
+            check(*golds_of_rows)
     with caplog.at_level(logging.WARNING):
-        check_golds([UNREADABLE, "7", UNREADABLE, ["n/a", "8"], "7"], pool)
-    assert "2 of 5 gold answers do not parse" in caplog.text
+        check(UNREADABLE, "7", UNREADABLE, "8", "7")
+    assert "2 of 5 rows cannot be scored by `accuracy`" in caplog.text
+    check(["n/a", "7"], ["tbd"])
     monkeypatch.setattr(golds, "LOOKED_AT", 2)
-    check_golds(["n/a", "7", "tbd", "todo"], pool)  # only the second part has one that parses
+    check("n/a", "7", "tbd", "todo")  # only the second part has one that parses
+    assert "3 of 4 rows cannot" in caplog.text
+    check("1", "n/a", "n/a", "n/a")
+    assert "1 of 2 rows that were looked at, of 4, cannot" in caplog.text
     with pytest.raises(UserError, match="no gold answer parses"):
-        check_golds(["n/a", "tbd", "todo"], pool)
+        check("n/a", "tbd", "todo")
 
 
 def test_only_rows_that_a_reward_is_for_need_a_gold_answer(pool):
     def rows(*pairs):
-        return Dataset.from_dict({"kind": [kind for kind, _ in pairs], "answer": [answer for _, answer in pairs]})
+        return rows_of(kind=[kind for kind, _ in pairs], answer=[answer for _, answer in pairs])
 
-    Rewards({"format": Reward()}, pool, rows(("math", "n/a")))
+    check_golds_of({"format": Reward()}, rows(("math", "n/a")), pool)
     for name in ({"accuracy": Reward(kinds=["math"])}, {"length": Reward(kinds=["math"])}):
-        Rewards(name, pool, rows(("math", "7"), ("talk", "n/a")))
+        check_golds_of(name, rows(("math", "7"), ("talk", "n/a")), pool)
         with pytest.raises(UserError, match="no gold answer parses"):
-            Rewards(name, pool, rows(("math", "n/a"), ("talk", "7")))
+            check_golds_of(name, rows(("math", "n/a"), ("talk", "7")), pool)
         with pytest.raises(UserError, match=r"kinds: no row is of kind math; there are talk"):
-            Rewards(name, pool, rows(("talk", "7")))
+            check_golds_of(name, rows(("talk", "7")), pool)
+
+
+def test_programs_need_tests(pool):
+    def check(*tests, language="python"):
+        rows = rows_of(kind=["code"] * len(tests), tests=list(tests), language=[language] * len(tests))
+        check_golds_of({"code": Reward()}, rows, pool)
+
+    check('[{"stdin": "1", "stdout": "2"}]', None)
+    for bad in ({"tests": None}, {"tests": "[]"}, {"tests": '[{"stdin": "1", "stdout": "2"}]', "language": "cobol"}):
+        with pytest.raises(UserError, match=r"no row has tests that can be run; set `tests` and `language`"):
+            check(bad["tests"], language=bad.get("language"))
 
 
 def test_grpo_and_sampling_refuse_unreadable_golds_before_they_write(tmp_path, monkeypatch):

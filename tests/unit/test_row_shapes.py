@@ -78,6 +78,8 @@ def test_a_dot_leads_to_an_inner_column(problems, conversations, tmp_path):
     found = problems(rows, problem="prompt", answer="reward_model.ground_truth", system="extra.system")
     assert found["answer"] == ["0", "1", "2"] and found["system"] == ["s"] * 3
     assert problems(rows, problem="prompt", answer="extra.a.b")["answer"] == ["0", "1", "2"]
+    deep = [{"q": "?", "r": {"in": {"gold": n, **({"more": n} if n else {})}}} for n in range(3)]
+    assert problems(deep, problem="q", answer="r.in.gold")["answer"] == ["0", "1", "2"]
     listed = [{"q": "?", "r": {"golds": ["1", "2"], "tests": [{"stdin": "1"}], "language": "cpp"}}]
     found = problems(listed, problem="q", answer="r.golds", tests="r.tests", language="r.language", kind="code")[0]
     assert found["answer"] == ["1", "2"] and found["tests"] == '[{"stdin": "1"}]' and found["language"] == "cpp"
@@ -185,6 +187,16 @@ def test_a_folder_of_save_to_disk_with_splits(tmp_path):
     assert load_problems([Source(path=folder, problem="q", answer="a", split="hard")])["answer"] == ["4"]
     with pytest.raises(UserError, match="has no split `train`; it has easy, hard"):
         load_problems([Source(path=folder, problem="q", answer="a")])
+
+
+def test_a_split_that_was_cut_out_of_another_is_what_it_is_called(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"q": "?", "a": n} for n in range(8)])
+    rows = load_dataset("json", data_files=path, split="train[:6]")
+    rows.train_test_split(test_size=2, shuffle=False).save_to_disk(tmp_path / "both")
+    rows.save_to_disk(tmp_path / "one")
+    source = Source(path=str(tmp_path / "both"), problem="q", answer="a", split="test")
+    assert load_problems([source])["answer"] == ["4", "5"]
+    assert len(load_problems([Source(path=str(tmp_path / "one"), problem="q", answer="a")])) == 6
 
 
 def test_the_split_of_a_saved_dataset_is_not_taken_for_another(tmp_path):
