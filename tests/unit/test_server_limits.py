@@ -79,6 +79,17 @@ def test_weights_that_are_replaced_may_be_anothers_and_a_gpu_may_chunk(server, t
     check(tokenizer, server.url)
 
 
+@pytest.mark.parametrize("changes", [{"models": {}}, {"tokenize": lambda text: None}, {"settings": None}])
+def test_what_answers_and_is_no_such_server_is_refused(server, tokenizer, changes):
+    vars(server).update(changes)
+    with pytest.raises(
+        UserError, match=rf"no server can be used. {server.url}: garbage: no `\w+` in the answer\nCheck"
+    ):
+        check(tokenizer, server.url)
+    with pytest.raises(UserError, match=r"no server can be used\. .*404"):
+        check(tokenizer, server.url + "/v1")
+
+
 def test_a_server_that_is_not_there_is_refused_unless_another_is(server, tokenizer, caplog):
     absent = "http://127.0.0.1:9"
     with pytest.raises(UserError, match=rf"no server can be used. {absent}: unreachable.*\nCheck the address"):
