@@ -16,11 +16,10 @@ SHAPE = {"vocab_size": 363, "hidden_size": 160, "num_hidden_layers": 4}
 
 
 @pytest.fixture
-def server(tokenizer):
+def server():
     server = StubServer()
     server.models = {"max_model_len": 64, "root": str(BASE_DIR)}
     server.engine = {"running": 0, "processor_seconds": 1.0, "tokens": 0, "shape": SHAPE}
-    server.tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     yield server
     server.stop()
 
