@@ -219,7 +219,7 @@ def test_an_engine_that_hangs_is_found_while_its_server_answers(endpoints, stopp
                     await asyncio.sleep(0.5)
                 assert (await client.health(10)).running > 64
                 engine.send_signal(signal.SIGSTOP)
-                with pytest.raises(ServerError, match=r"hung: \d+ requests run"):
+                with pytest.raises(ServerError, match=r"hung: \d+ completions run"):
                     for _ in range(200):
                         await liveness.probe(timeout=10)
                         await asyncio.sleep(0.5)

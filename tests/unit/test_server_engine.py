@@ -167,7 +167,7 @@ def test_an_engine_that_has_requests_and_computes_nothing_is_hung(servers, chang
                 await asyncio.sleep(0.1)
 
     if hung:
-        with pytest.raises(ServerError, match=r"hung: 1 requests run, but for 0\.5 s its engine has computed nothing"):
+        with pytest.raises(ServerError, match=r"hung: 1 completions run, but for 0\.5 s its engine has"):
             asyncio.run(watch())
     else:
         asyncio.run(watch())
@@ -220,7 +220,7 @@ def test_a_managed_server_is_left_at_work_and_ended_when_it_hangs(servers, tmp_p
         with pytest.raises(TimeoutError):
             asyncio.run(fault(7))
         servers[0].engine = state(running=2)
-        assert "2 requests run" in asyncio.run(fault(30))
+        assert "2 completions run" in asyncio.run(fault(30))
     finally:
         replica.process.kill()
         replica.process.wait()

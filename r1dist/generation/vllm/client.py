@@ -39,7 +39,7 @@ class Health:
     """What a server says of its engine. All None: it runs without our middleware, and does not say."""
 
     running: int | None = None
-    """Requests that wait for tokens."""
+    """Completions that its engine was asked for and has not finished."""
     processor_seconds: float | None = None
     """Of the engine's processes."""
     tokens: float | None = None

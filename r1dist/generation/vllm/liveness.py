@@ -36,7 +36,8 @@ class Liveness:
             self._idle = now, health
         elif now - self._idle[0] > self.patience:
             raise ServerError(
-                "hung", f"{health.running} requests run, but for {self.patience:g} s its engine has computed nothing"
+                "hung",
+                f"{health.running} completions run, but for {self.patience:g} s its engine has computed nothing",
             )
 
     def _computed(self, before: Health, after: Health) -> bool:
