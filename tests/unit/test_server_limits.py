@@ -7,6 +7,7 @@ from r1dist.config import GRPORun, Model, Rollout, SampleRun
 from r1dist.config.loader import build
 from r1dist.errors import UserError
 from r1dist.generation.vllm import start
+from r1dist.generation.vllm.endpoints import Endpoints, Server, write
 from r1dist.generation.vllm.limits import Demand, check_running
 from r1dist.rl.train import train
 from r1dist.sampling.run import sample
@@ -76,6 +77,14 @@ def test_weights_that_are_replaced_may_be_anothers_and_a_gpu_may_chunk(server, t
     _chunked(server)
     server.settings["device_config"]["device"] = "cuda"
     check(tokenizer, server.url)
+
+
+def test_a_transport_that_the_servers_were_not_started_for_is_refused(server, tokenizer, tmp_path):
+    file = tmp_path / "endpoints.json"
+    write(file, Endpoints([Server("server0", server.url, "ready")], "shm"))
+    check(tokenizer, str(file), transport="auto")
+    with pytest.raises(UserError, match=r"rollout\.transport: nccl is asked for, but .* for shm"):
+        check(tokenizer, str(file), transport="nccl")
 
 
 @pytest.mark.parametrize("changes", [{"models": {}}, {"tokenize": lambda text: None}, {"settings": None}])

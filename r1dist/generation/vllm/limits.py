@@ -50,6 +50,11 @@ async def _check_running(rollout: Rollout, demand: Demand) -> None:
     while any(server.state == "starting" for server in registry.read().servers) and time.monotonic() < deadline:
         await asyncio.sleep(TICK)
     endpoints = registry.read()
+    if demand.trains and rollout.transport not in ("auto", endpoints.transport):
+        raise UserError(
+            f"rollout.transport: {rollout.transport} is asked for, but the servers were started for "
+            f"{endpoints.transport}. Leave it out."
+        )
     async with open_session() as session:
 
         async def check(server: Server) -> str | None:
