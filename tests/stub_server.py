@@ -7,10 +7,16 @@ from collections import Counter
 from collections.abc import Callable
 
 from aiohttp import web
+from transformers import AutoTokenizer
 
 from r1dist.generation.vllm.plugin.guard import ENGINE_HEADER
+from r1dist.tiny import BASE_DIR
 
 LOGPROB = -1.0
+
+
+def _tiny_ids(text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(BASE_DIR)(text, add_special_tokens=False)["input_ids"]
 
 
 class StubServer:
@@ -33,7 +39,7 @@ class StubServer:
             "scheduler_config": {"enable_chunked_prefill": False},
             "device_config": {"device": "cpu"},
         }
-        self.tokenize: Callable[[str], list[int]] = list
+        self.tokenize: Callable[[str], list[int]] = _tiny_ids
         self.held: Counter[tuple[int, ...]] = Counter()
         self.asked: Counter[str] = Counter()
         self.seeds: list[int] = []

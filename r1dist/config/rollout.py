@@ -41,9 +41,9 @@ class Serve:
     start_timeout: MayChange[float] = Field(default=600, gt=0)
     """Seconds that a server may take to come up."""
     hang_timeout: MayChange[float] = Field(default=60, gt=0)
-    """Seconds without an answer after which a server is killed and started again."""
+    """Seconds without an answer, or with requests and without computing, after which a server is started again."""
     arguments: MayChange[list[Expanded]] = Field(default_factory=list)
-    """Further arguments of vLLM's command line."""
+    """Further arguments of vLLM's command line. What the fields decide cannot be changed here."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -69,13 +69,13 @@ class Rollout:
     max_concurrent_requests: MayChange[PositiveInt] = 512
     """Samples that each rank asks of one server at a time."""
     request_timeout: MayChange[float] = Field(default=600, gt=0)
-    """Seconds for one prompt's completions, after which another server is asked."""
+    """Seconds for one prompt's completions, after which they are asked for again."""
     sync_timeout: MayChange[float] = Field(default=120, gt=0)
     """Seconds for each call by which a server takes new weights."""
     health_timeout: MayChange[float] = Field(default=20, gt=0)
-    """Seconds in which a server must answer a health check while it generates."""
+    """Seconds in which a server must answer a health check, and in which one that has requests must compute."""
     no_server_timeout: MayChange[float] = Field(default=300, gt=0)
-    """Seconds without any server that can be used, after which the run saves a checkpoint and ends."""
+    """Seconds without an answer of any server that can be used, after which the run saves a checkpoint and ends."""
     max_logp_diff: MayChange[float] = Field(default=0.2, gt=0)
     """Mean difference of a server's and the trainer's logprobs after a sync, above which the run ends."""
     sleep: MayChange[bool] = False

@@ -72,19 +72,19 @@ def training_servers(
 ) -> AbstractContextManager:
     """This run's own servers, if it has any, which start while the trainer is built; the first rank starts them.
 
-    Raises `UserError` at once where the servers, these or others, cannot do what the run will ask of them.
+    Raises `UserError` on the first rank, at once, where the servers cannot do what the run will ask of them.
 
     Args:
         dtype: What they compute in.
         prompts: The token ids of each.
     """
+    if rank != 0 or run.rollout.engine != "vllm":
+        return nullcontext()
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     completion = trl_value(run, "max_completion_length")
     demand = Demand(run.model, template.tokenizer, max(prompts, key=len), completion, trains=True)
     check_servers(run.rollout, demand, dtype, trainers)
-    if run.rollout.engine != "vllm" or run.rollout.servers != "managed" or rank != 0:
-        return nullcontext()
-    return _managed(run, dtype, demand.tokens, trainers)
+    return _managed(run, dtype, demand.tokens, trainers) if run.rollout.servers == "managed" else nullcontext()
 
 
 @contextmanager

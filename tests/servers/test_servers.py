@@ -11,15 +11,18 @@ import psutil
 import pytest
 import requests as http
 import torch
-from conftest import launch
+from conftest import launch, write_yaml
 from small_runs import served
 from transformers import AutoModelForCausalLM
 
-from r1dist.config import Rollout
+from r1dist.config import Model, Rollout
+from r1dist.errors import UserError
 from r1dist.generation.engine import Request, Sampling, generate, sample_seed
 from r1dist.generation.vllm.client import Client, ServerError, open_session
 from r1dist.generation.vllm.endpoints import Endpoints, ServerRegistry, read
 from r1dist.generation.vllm.engine import Policy, ServerEngine
+from r1dist.generation.vllm.limits import Demand, check_running
+from r1dist.generation.vllm.liveness import Liveness
 from r1dist.generation.weight_sync.files import write_folder
 from r1dist.generation.weight_sync.source import WeightSource
 from r1dist.generation.weight_sync.transports import FileTransport, begin_and_finish
@@ -117,6 +120,19 @@ def test_no_route_answers_without_the_token(endpoints):
     assert http.get(f"{url}/weight_info", headers=right, timeout=10).json() == version
 
 
+@pytest.mark.parametrize("by_url", [True, False])
+def test_servers_that_fit_are_accepted(serving, endpoints, tokenizer, tmp_path, by_url):
+    token = tmp_path / "token"
+    token.write_text(endpoints.token)
+    urls = {"servers": endpoints.servers[0].url, "transport": "shm", "token_file": str(token)}
+    rollout = Rollout(engine="vllm", **(urls if by_url else {"servers": str(serving[0])}))
+    for trains in (False, True):
+        check_running(rollout, Demand(Model(path="tiny"), tokenizer, PROMPT, 256 - len(PROMPT), trains))
+    small = Demand(Model(path="tiny-small"), tokenizer, PROMPT, 20, trains=True)
+    with pytest.raises(UserError, match="another model: its hidden_size is 160"):
+        check_running(rollout, small)
+
+
 def test_rollouts_are_the_policys_and_two_servers_never_give_the_same_twice(endpoints, model, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():  # weights that the servers did not load at their start
@@ -184,6 +200,47 @@ def test_an_update_whose_trainer_died_does_not_lock_the_next_one_out(endpoints, 
     with asking(endpoints, model, tmp_path) as engine:
         engine.sync_weights(1)
         assert engine.metrics()["rollout/servers"] == 2
+
+
+@pytest.mark.parametrize("stopped", ["VLLM::EngineCore", "VLLM::Worker"])
+def test_an_engine_that_hangs_is_found_while_its_server_answers(endpoints, stopped):
+    family = psutil.Process(endpoints.servers[0].pid).children(recursive=True)
+    [engine] = [process for process in family if process.name().startswith(stopped)]
+
+    async def go():
+        async with open_session() as session:
+            client = Client(session, endpoints.servers[0].url, endpoints.token)
+            liveness = Liveness(client, patience=3)
+            drawn = [client.complete(PROMPT, 8, seed, Sampling(max_tokens=230), [], 300) for seed in range(0, 2400, 8)]
+            asking = asyncio.gather(*drawn)
+            try:
+                for _ in range(10):
+                    await liveness.probe(timeout=10)
+                    await asyncio.sleep(0.5)
+                assert (await client.health(10)).running > 64
+                engine.send_signal(signal.SIGSTOP)
+                with pytest.raises(ServerError, match=r"hung: \d+ completions run"):
+                    for _ in range(200):
+                        await liveness.probe(timeout=10)
+                        await asyncio.sleep(0.5)
+                engine.send_signal(signal.SIGCONT)
+                before = (await client.health(10)).tokens
+                await asyncio.sleep(2)
+                assert (await client.health(10)).tokens > before
+            finally:
+                engine.send_signal(signal.SIGCONT)
+                asking.cancel()
+
+    asyncio.run(go())
+
+
+def test_a_run_that_needs_more_than_these_servers_hold_is_refused(serving, small_grpo, tmp_path):
+    rollout = {"engine": "vllm", "servers": str(serving[0])}
+    config = write_yaml(tmp_path / "run.yaml", {**small_grpo, "rollout": rollout})
+    done = launch("grpo.py", "--config", config, "--max_completion_length", "300")
+    assert done.returncode == 2, done.stderr
+    assert "holds 256 tokens, and 3" in done.stderr and "Start it with --max_model_len 3" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_group_of_servers_does_not_take_the_first_ones_file(serving):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from r1dist.generation.vllm.client import Client
+from r1dist.generation.vllm.plugin import guard
 from r1dist.generation.weight_sync.source import WeightSource
 from r1dist.generation.weight_sync.transports import GPUTransport
 from r1dist.tiny import BASE_DIR
@@ -40,6 +41,14 @@ def test_our_transport_is_registered_by_the_entry_point():
     engine = factory.WeightTransferEngineFactory._registry["shm"]()
     assert issubclass(engine, base.WeightTransferEngine)
     assert not inspect.isabstract(engine)
+
+
+def test_a_server_can_tell_how_its_engine_does():
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    assert callable(AsyncLLM.get_num_unfinished_requests)
+    assert f'"{guard.TOKENS.removesuffix("_total")}"' in inspect.getsource(PrometheusStatLogger)
 
 
 def test_a_server_draws_sample_i_with_the_seed_plus_i():

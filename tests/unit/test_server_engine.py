@@ -167,10 +167,31 @@ def test_an_engine_that_has_requests_and_computes_nothing_is_hung(servers, chang
                 await asyncio.sleep(0.1)
 
     if hung:
-        with pytest.raises(ServerError, match=r"hung: 1 requests run, but for 0\.5 s its engine has computed nothing"):
+        with pytest.raises(ServerError, match=r"hung: 1 completions run, but for 0\.5 s its engine has"):
             asyncio.run(watch())
     else:
         asyncio.run(watch())
+
+
+def test_an_engine_at_which_nobody_looked_is_not_hung(servers):
+    async def watch():
+        async with open_session() as session:
+            liveness = Liveness(Client(session, servers[0].url, None), patience=0.5)
+            for running in (0, 1, 1, 0, 1):
+                servers[0].engine = state(running=running)
+                await liveness.probe(timeout=5)
+                await asyncio.sleep(0.7)
+
+    asyncio.run(watch())
+
+
+def test_a_request_that_servers_refuse_stops_the_run(engine_of, servers):
+    engine = engine_of(servers)
+    engine.sync_weights(0)
+    for server in servers:
+        server.misbehave("400")
+    with pytest.raises(RolloutsLost, match="refuses the request"):
+        generate(engine, asked(), SAMPLING)
 
 
 def test_an_engine_that_hangs_behind_a_server_that_answers_is_taken_out(engine_of, servers, monkeypatch):
@@ -199,7 +220,7 @@ def test_a_managed_server_is_left_at_work_and_ended_when_it_hangs(servers, tmp_p
         with pytest.raises(TimeoutError):
             asyncio.run(fault(7))
         servers[0].engine = state(running=2)
-        assert "2 requests run" in asyncio.run(fault(30))
+        assert "2 completions run" in asyncio.run(fault(30))
     finally:
         replica.process.kill()
         replica.process.wait()

@@ -7,6 +7,7 @@ from r1dist.config import GRPORun, Model, Rollout, SampleRun
 from r1dist.config.loader import build
 from r1dist.errors import UserError
 from r1dist.generation.vllm import start
+from r1dist.generation.vllm.endpoints import Endpoints, Server, write
 from r1dist.generation.vllm.limits import Demand, check_running
 from r1dist.rl.train import train
 from r1dist.sampling.run import sample
@@ -16,11 +17,10 @@ SHAPE = {"vocab_size": 363, "hidden_size": 160, "num_hidden_layers": 4}
 
 
 @pytest.fixture
-def server(tokenizer):
+def server():
     server = StubServer()
     server.models = {"max_model_len": 64, "root": str(BASE_DIR)}
     server.engine = {"running": 0, "processor_seconds": 1.0, "tokens": 0, "shape": SHAPE}
-    server.tokenize = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     yield server
     server.stop()
 
@@ -77,6 +77,25 @@ def test_weights_that_are_replaced_may_be_anothers_and_a_gpu_may_chunk(server, t
     _chunked(server)
     server.settings["device_config"]["device"] = "cuda"
     check(tokenizer, server.url)
+
+
+def test_a_transport_that_the_servers_were_not_started_for_is_refused(server, tokenizer, tmp_path):
+    file = tmp_path / "endpoints.json"
+    write(file, Endpoints([Server("server0", server.url, "ready")], "shm"))
+    check(tokenizer, str(file), transport="auto")
+    with pytest.raises(UserError, match=r"rollout\.transport: nccl is asked for, but .* for shm"):
+        check(tokenizer, str(file), transport="nccl")
+
+
+@pytest.mark.parametrize("changes", [{"models": {}}, {"tokenize": lambda text: None}, {"settings": None}])
+def test_what_answers_and_is_no_such_server_is_refused(server, tokenizer, changes):
+    vars(server).update(changes)
+    with pytest.raises(
+        UserError, match=rf"no server can be used. {server.url}: garbage: no `\w+` in the answer\nCheck"
+    ):
+        check(tokenizer, server.url)
+    with pytest.raises(UserError, match=r"no server can be used\. .*404"):
+        check(tokenizer, server.url + "/v1")
 
 
 def test_a_server_that_is_not_there_is_refused_unless_another_is(server, tokenizer, caplog):

@@ -39,7 +39,7 @@ class Health:
     """What a server says of its engine. All None: it runs without our middleware, and does not say."""
 
     running: int | None = None
-    """Requests that wait for tokens."""
+    """Completions that its engine was asked for and has not finished."""
     processor_seconds: float | None = None
     """Of the engine's processes."""
     tokens: float | None = None
@@ -72,7 +72,7 @@ class Client:
 
     async def weight_version(self, timeout: float) -> str:
         """What the server calls its weights. The engine answers between two computations, which may take minutes."""
-        return _field(await self.call("GET", "/weight_info", timeout=timeout), "weight_version", str)
+        return field_of(await self.call("GET", "/weight_info", timeout=timeout), "weight_version", str)
 
     async def complete(
         self, prompt_ids: list[int], n: int, seed: int, sampling: Sampling, stop_ids: list[int], timeout: float
@@ -94,7 +94,7 @@ class Client:
             "return_token_ids": True,
         }
         answer = await self.call("POST", "/v1/completions", body, timeout=timeout)
-        choices = _field(answer, "choices", list)
+        choices = field_of(answer, "choices", list)
         if sorted(choice["index"] for choice in choices if _is_choice(choice)) != list(range(drawn)):
             raise ServerError("choices", f"asked for {drawn} completions, got {len(choices)}")
         completions = [_completion(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
@@ -138,7 +138,8 @@ class Client:
         return response, text
 
 
-def _field(answer: Any, name: str, kind: type) -> Any:
+def field_of(answer: Any, name: str, kind: type) -> Any:
+    """Raises `ServerError` if it is not there, or of another kind."""
     value = answer.get(name) if isinstance(answer, dict) else None
     if not isinstance(value, kind):
         raise ServerError("garbage", f"no `{name}` in the answer")

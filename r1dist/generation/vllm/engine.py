@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -166,14 +165,18 @@ class ServerEngine:
         """Give the weights to every server that is up; returns the tokens to compare on."""
         await self._refresh()
         given = await asyncio.gather(*(self._attempt(server, self._give) for server in self._up()))
+        drawn: list[int] = []
+
+        async def draw(server: ServerState) -> None:
+            drawing, timeout = Sampling(max_tokens=self.policy.probe_tokens), self.settings.request_timeout
+            seed, stop_ids = max(self.version, 0), self.policy.stop_ids
+            drawn.extend(
+                (await server.client.complete(self.policy.probe, 1, seed, drawing, stop_ids, timeout))[0].token_ids
+            )
+
         for server in [server for server in given if server is not None and self.policy.probe_tokens]:
-            drawing = Sampling(max_tokens=self.policy.probe_tokens)
-            with suppress(ServerError):
-                asked = server.client.complete(
-                    self.policy.probe, 1, max(self.version, 0), drawing, self.policy.stop_ids,
-                    self.settings.request_timeout,
-                )  # fmt: skip
-                return self.policy.probe + (await asked)[0].token_ids
+            if await self._attempt(server, draw):
+                return self.policy.probe + drawn
         return self.policy.probe
 
     async def _give(self, server: ServerState) -> None:

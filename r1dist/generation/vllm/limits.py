@@ -13,14 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Model, Rollout
 from ...errors import UserError
 from ...models import load_model_config, model_path
-from .client import UNTOUCHED, Client, ServerError, open_session
+from .client import UNTOUCHED, Client, RequestRefused, ServerError, field_of, open_session
 from .endpoints import Server, ServerRegistry
 
 logger = logging.getLogger(__name__)
 
 TICK = 0.5
-INFO_SECONDS = 60
-"""For `/server_info`, which at its first call looks at the machine's packages."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,11 @@ async def _check_running(rollout: Rollout, demand: Demand) -> None:
     while any(server.state == "starting" for server in registry.read().servers) and time.monotonic() < deadline:
         await asyncio.sleep(TICK)
     endpoints = registry.read()
+    if demand.trains and rollout.transport not in ("auto", endpoints.transport):
+        raise UserError(
+            f"rollout.transport: {rollout.transport} is asked for, but the servers were started for "
+            f"{endpoints.transport}. Leave it out."
+        )
     async with open_session() as session:
 
         async def check(server: Server) -> str | None:
@@ -59,9 +62,10 @@ async def _check_running(rollout: Rollout, demand: Demand) -> None:
             if server.state != "ready":
                 return server.error or server.state
             try:
-                await _check_one(Client(session, server.url, endpoints.token), server.name, rollout, demand)
-            except ServerError as error:
-                return str(error)
+                client = Client(session, server.url, endpoints.token)
+                await _check_one(client, server.name, endpoints.transport, rollout, demand)
+            except (ServerError, RequestRefused) as error:
+                return " ".join(str(error).split())
             return None
 
         reasons = await asyncio.gather(*(check(server) for server in endpoints.servers))
@@ -75,16 +79,17 @@ async def _check_running(rollout: Rollout, demand: Demand) -> None:
         logger.warning("servers that cannot be used yet: %s", told)
 
 
-async def _check_one(client: Client, name: str, rollout: Rollout, demand: Demand) -> None:
+async def _check_one(client: Client, name: str, transport: str, rollout: Rollout, demand: Demand) -> None:
     """Raises `UserError` if it does not fit, `ServerError` if it does not answer."""
     health = await _patiently(lambda: client.health(rollout.health_timeout), rollout.health_timeout)
-    card = _first_model(await client.call("GET", "/v1/models", timeout=rollout.health_timeout))
-    _check_length(card, name, demand)
-    _check_model(card.get("root"), health.shape or {}, name, demand)
+    models = field_of(await client.call("GET", "/v1/models", timeout=rollout.health_timeout), "data", list)
+    card = models[0] if models else {}
+    _check_length(field_of(card, "max_model_len", int), name, demand)
+    _check_model(field_of(card, "root", str), health.shape or {}, name, demand)
     await _check_vocabulary(client, name, rollout, demand)
     try:
         version = await client.weight_version(rollout.request_timeout)
-        settings = (await client.call("GET", "/server_info?config_format=json", timeout=INFO_SECONDS))["vllm_config"]
+        answer = await client.call("GET", "/server_info?config_format=json", timeout=rollout.request_timeout)
     except ServerError as error:
         if error.kind != "status_404":
             raise
@@ -97,7 +102,7 @@ async def _check_one(client: Client, name: str, rollout: Rollout, demand: Demand
             f"rollout.servers: {name} has weights of a training run ({version}), not those of {demand.model.path}.\n"
             "Start it again, or use another one."
         )
-    _check_settings(settings, name, ServerRegistry(rollout, None).read().transport if demand.trains else None)
+    _check_settings(field_of(answer, "vllm_config", dict), name, transport if demand.trains else None)
 
 
 async def _patiently(ask: Callable, seconds: float) -> Any:
@@ -112,25 +117,16 @@ async def _patiently(ask: Callable, seconds: float) -> Any:
         await asyncio.sleep(TICK)
 
 
-def _first_model(answer: Any) -> dict:
-    try:
-        card = answer["data"][0]
-        int(card["max_model_len"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise ServerError("garbage", "/v1/models does not tell `max_model_len`") from error
-    return card
-
-
-def _check_length(card: dict, name: str, demand: Demand) -> None:
-    if card["max_model_len"] < demand.tokens:
+def _check_length(length: int, name: str, demand: Demand) -> None:
+    if length < demand.tokens:
         raise UserError(
-            f"rollout.servers: {name} holds {card['max_model_len']} tokens, and {demand.tokens} are needed: "
+            f"rollout.servers: {name} holds {length} tokens, and {demand.tokens} are needed: "
             f"a prompt of {len(demand.prompt_ids)} and a completion of {demand.max_tokens}.\n"
             f"Start it with --max_model_len {demand.tokens} or more, or allow shorter completions."
         )
 
 
-def _check_model(root: str | None, shape: dict[str, int], name: str, demand: Demand) -> None:
+def _check_model(root: str, shape: dict[str, int], name: str, demand: Demand) -> None:
     config = load_model_config(demand.model).get_text_config()
     for field, value in shape.items():
         if value != getattr(config, field):
@@ -138,7 +134,7 @@ def _check_model(root: str | None, shape: dict[str, int], name: str, demand: Dem
                 f"rollout.servers: {name} serves {root}, another model: its {field} is {value}, that of "
                 f"{demand.model.path} is {getattr(config, field)}.\nStart it with this run's model."
             )
-    if not demand.trains and root is not None and not _same_model(root, model_path(demand.model)):
+    if not demand.trains and not _same_model(root, model_path(demand.model)):
         raise UserError(
             f"rollout.servers: {name} serves {root}, and the samples are to be {demand.model.path}'s.\n"
             "Start it with that model, or name the model as the server does."
@@ -155,7 +151,7 @@ async def _check_vocabulary(client: Client, name: str, rollout: Rollout, demand:
     own = demand.tokenizer(text, add_special_tokens=False)["input_ids"]
     asked = {"prompt": text, "add_special_tokens": False}
     answer = await client.call("POST", "/tokenize", asked, timeout=rollout.health_timeout)
-    if answer["tokens"] != own:
+    if field_of(answer, "tokens", list) != own:
         raise UserError(
             f"rollout.servers: {name} has another vocabulary: it cuts a prompt of this run into other tokens than "
             f"{demand.model.tokenizer or demand.model.path} does.\nStart it with this run's model and tokenizer."

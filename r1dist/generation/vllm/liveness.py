@@ -20,18 +20,24 @@ class Liveness:
     def __init__(self, client: Client, patience: float):
         self.client = client
         self.patience = patience
-        self._last: tuple[float, Health] | None = None
-        """When it was last seen to compute, or to have nothing to do."""
+        self._idle: tuple[float, Health] | None = None
+        """Since when it is not seen to compute, with what it said then."""
+        self._before: tuple[float, Health] | None = None
+        """The probe before."""
 
     async def probe(self, timeout: float) -> None:
         """Raises `ServerError`: what `Client.health` raises, or `hung`."""
         health = await self.client.health(timeout)
         now = time.monotonic()
-        if self._last is None or not health.running or self._computed(self._last[1], health):
-            self._last = now, health
-        elif now - self._last[0] > self.patience:
+        before, self._before = self._before, (now, health)
+        # After a pause in which nobody looked, its requests may have just begun.
+        watched = before is not None and before[1].running and now - before[0] <= self.patience
+        if self._idle is None or not health.running or not watched or self._computed(self._idle[1], health):
+            self._idle = now, health
+        elif now - self._idle[0] > self.patience:
             raise ServerError(
-                "hung", f"{health.running} requests run, but for {self.patience:g} s its engine has computed nothing"
+                "hung",
+                f"{health.running} completions run, but for {self.patience:g} s its engine has computed nothing",
             )
 
     def _computed(self, before: Health, after: Health) -> bool:

@@ -153,10 +153,6 @@ def connect(rollout: Rollout, folder: Path, source: WeightSource, policy: Policy
     """The engine over the servers that `rollout.servers` names. Every rank calls it."""
     registry = _registry(rollout, folder)
     transport = registry.read().transport
-    if rollout.transport not in ("auto", transport):
-        raise UserError(
-            f"rollout.transport: {rollout.transport} is asked for, but the servers were started for {transport}."
-        )
     return ServerEngine(rollout, registry, _transport(rollout, transport, source, policy, world_size), policy)
 
 

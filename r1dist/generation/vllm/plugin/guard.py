@@ -24,7 +24,6 @@ class TokenGuard:
     def __init__(self, app):
         self.app = app
         self.expected = f"Bearer {os.environ[TOKEN]}".encode()
-        self.running = 0
         self.engine = []
 
     async def __call__(self, scope, receive, send) -> None:
@@ -34,13 +33,8 @@ class TokenGuard:
         if not secrets.compare_digest(given, self.expected):
             return await _refuse(scope, send)
         if scope["path"] == "/health":
-            return await self.app(scope, receive, self._with_engine(scope, send))
-        generates = scope["path"].startswith("/v1/")
-        self.running += generates
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self.running -= generates
+            send = self._with_engine(scope, send)
+        await self.app(scope, receive, send)
 
     def _with_engine(self, scope, send):
         """`send`, with the engine's state as a header."""
@@ -54,9 +48,10 @@ class TokenGuard:
         return send_with_header
 
     def _state(self, scope) -> dict:
-        model = scope["app"].state.vllm_config.model_config.hf_text_config
+        client = scope["app"].state.engine_client
+        model = client.vllm_config.model_config.hf_text_config
         return {
-            "running": self.running,
+            "running": client.get_num_unfinished_requests(),
             "processor_seconds": self._processor_seconds(),
             "tokens": _generated_tokens(),
             "shape": {name: getattr(model, name, None) for name in SHAPE},
