@@ -72,11 +72,8 @@ def completion_dataset(data: Data, template: Template, max_length: int | None) -
     the chat template refuses. Raises `UserError` if none is left, or if the template keeps replies from thinking.
     """
     rows = load_conversations(data.sources)
-    if template.closes_thought and any("<think>" in completion for completion in rows["completion"]):
-        raise UserError(
-            f"data.template: replies of data.sources think, and the chat template of {template.model} ends the "
-            "thought in the prompt.\nSet the argument that lets it think in `model.chat_template_kwargs`."
-        )
+    if any("<think>" in completion for completion in rows["completion"]):
+        template.require_thoughts("data.sources: there are replies that think")
 
     def convert(row: dict) -> dict:
         if template.name == "r1_zero":

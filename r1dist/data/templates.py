@@ -134,10 +134,13 @@ class Template:
         """The token ids of the beginning of a reply."""
         return self._ids(self.after_opening(prefill))
 
-    @property
-    def closes_thought(self) -> bool:
-        """Whether the prompt holds a whole, empty thought, so that replies cannot think."""
-        return "</think>" in self.opening
+    def require_thoughts(self, what: str) -> None:
+        """Raises `UserError`, which begins with `what`, if prompts hold a whole, empty thought: no reply can think."""
+        if "</think>" in self.opening:
+            raise UserError(
+                f"{what}, and the chat template of {self.model} ends the thought in the prompt.\n"
+                "Set the argument that lets it think in `model.chat_template_kwargs`."
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens; tags are text even where they are special tokens."""

@@ -51,6 +51,8 @@ VERIFIERS: dict[str, Callable[..., float | None]] = {
     "repetition": repetition,
 }
 """The same, where a completion can make them slow, or worse: only ever called in a pool's workers."""
+THINKING = {"format", "language", "soft_format"}
+"""Rewards that pay nothing where nothing is thought."""
 VERIFIED = "verified"
 """Column of `score`'s rows: verifier -> score."""
 

@@ -18,7 +18,7 @@ from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
 from ..generation.trainer_engines import local_engine, server_engine, training_servers
 from ..models import check_lora, load_model_config, model_init_kwargs, weights_path
-from ..rewards import VERIFIERS, Rewards
+from ..rewards import THINKING, VERIFIERS, Rewards
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.progress import show_progress
@@ -45,6 +45,8 @@ def train(run: GRPORun) -> None:
 def _train(run: GRPORun, pool: Pool) -> None:
     weights_path(run.model)  # adapters that cannot be merged are refused before anything is written
     template = load_template(run.model, run.data.template)
+    for name in run.rewards.keys() & THINKING:
+        template.require_thoughts(f"rewards.{name} is for replies that think")
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, template, context, trl_value(run, "max_completion_length"))
     arguments = grpo_arguments(run)

@@ -62,13 +62,14 @@ def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
     """What each generator asks. Raises `UserError` for data that cannot be used, `mix` included."""
     if run.mix:
         load_conversations(run.mix)
-    asked = [
-        generator_prompts(generator, load_template(generator.model, generator.data.template))
-        for generator in run.generators
-    ]
-    for number, prompts in enumerate(asked):
+    asked = []
+    for number, generator in enumerate(run.generators):
+        template = load_template(generator.model, generator.data.template)
+        if run.filters.format:
+            template.require_thoughts("filters.format keeps replies that think")
+        asked.append(generator_prompts(generator, template))
         if run.filters.correct:
-            check_golds("accuracy", prompts, pool, f"generators.{number}.data.sources")
+            check_golds("accuracy", asked[-1], pool, f"generators.{number}.data.sources")
     return asked
 
 

@@ -8,7 +8,8 @@ import pytest
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r1dist.config import Data, Model, Prompting, ServeRun, Source
+from r1dist.config import Data, Generator, GRPORun, Model, Prompting, SampleRun, ServeRun, Source
+from r1dist.config.loader import build
 from r1dist.data.prompts import completion_dataset, prompt_dataset
 from r1dist.data.templates import INSTRUCTION, NO_THOUGHT, Template, load_template
 from r1dist.errors import UserError
@@ -17,6 +18,8 @@ from r1dist.generation.vllm.start import plan_serve
 from r1dist.models import load_tokenizer
 from r1dist.rewards.format import has_format
 from r1dist.rewards.model import conversation_ids
+from r1dist.rl.train import _train
+from r1dist.sampling.run import _prompts
 from r1dist.tiny import BASE_DIR
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -85,7 +88,7 @@ def test_real_templates(name):
     rendered = tokenizer.decode(ids)
     assert "What is 1+1?" in rendered and "Be brief." in rendered and rendered.endswith(opening)
     assert rendered == tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    if template.closes_thought:
+    if opening == NO_THOUGHT:
         return
     taught = template.reply_ids(REPLY)
     stop = next(i for i, token in enumerate(taught) if token in template.stop_ids)
@@ -228,6 +231,20 @@ def test_reasoning_is_taught_whatever_the_template_drops(tmp_path):
         assert template.tokenizer.decode(taught) == "1+1 is 2.</think>\n<answer>2</answer><｜end▁of▁sentence｜>"
     with pytest.raises(UserError, match="ends the thought in the prompt"):
         completion_dataset(data, real("qwen3_5_nothink"), None)
+
+
+def test_where_the_prompt_ends_the_thought_nothing_that_needs_one_is_asked_for(tmp_path):
+    model = tmp_path / "model"
+    tokenizer_of((FOLDER / "qwen3_5_nothink.jinja").read_text()).save_pretrained(model)
+    config = json.loads((BASE_DIR / "config.json").read_text()) | {"vocab_size": 1000}
+    (model / "config.json").write_text(json.dumps(config))
+    data = {"sources": [{"path": "tiny", "limit": 4}]}
+    tree = {"model": {"path": str(model)}, "data": data, "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    with pytest.raises(UserError, match=r"rewards\.format is for replies that think, and the chat template"):
+        _train(build(GRPORun, {**tree, "rewards": {"format": 1}}, "test"), None)
+    generator = Generator(name="g", model=Model(path=str(model)), data=Data(sources=[Source(path="tiny", limit=4)]))
+    with pytest.raises(UserError, match=r"filters\.format keeps replies that think, and the chat template"):
+        _prompts(SampleRun(output_dir="unused", generators=[generator]), None)
 
 
 def test_rows_that_a_template_refuses_are_counted(tmp_path, caplog):
