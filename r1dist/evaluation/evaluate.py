@@ -23,7 +23,7 @@ from ..rewards.thinking import thinking_of
 from ..run.process import set_up_process
 from .complete import complete, with_texts
 from .intervals import clustered_interval
-from .requests import measure_requests
+from .requests import measure_requests, request_dataset
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def evaluate(run: EvaluateRun) -> dict:
     template = load_template(run.model, run.data.template)
     context = load_model_config(run.model).max_position_embeddings
     dataset = prompt_dataset(run.data, template, context, run.sampling.max_tokens)
+    asked = None if run.requests is None else request_dataset(run, template, context)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
     with Pool(VERIFIERS, run.verify) as pool:
@@ -63,8 +64,8 @@ def evaluate(run: EvaluateRun) -> dict:
         scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)
         result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
         result["sampled"] = asdict(measure(run, engine, template, dataset, sampled, run.sampling.samples, pool)[0])
-    if run.requests is not None:
-        replies, more = measure_requests(run, engine, template, context)
+    if asked is not None:
+        replies, more = measure_requests(run, engine, template, asked)
         result["requests"] = asdict(replies)
         completions += more
     if run.output:

@@ -4,12 +4,14 @@ import re
 from dataclasses import dataclass
 from statistics import fmean
 
+from datasets import Dataset
+
 from ..config import Data, EvaluateRun
 from ..data.prompts import prompt_dataset
 from ..data.templates import Template
 from ..generation.engine import Engine, Sampling
 from ..rewards.math.accuracy import final_answer
-from ..rewards.model import ModelReward
+from ..rewards.model import ModelReward, check_folder
 from .complete import complete, with_texts
 from .intervals import clustered_interval
 
@@ -36,13 +38,20 @@ class RequestScores:
     safety: float | None
 
 
+def request_dataset(run: EvaluateRun, template: Template, context: int) -> Dataset:
+    """The prompts of `run.requests`. Raises `UserError` as `prompt_dataset`, and for reward models that are not there."""
+    for name in ("helpfulness", "safety"):
+        if (folder := getattr(run.requests, name)) is not None:
+            check_folder(folder, f"requests.{name}")
+    data = Data(sources=run.requests.sources, template=run.data.template)
+    return prompt_dataset(data, template, context, run.requests.max_tokens)
+
+
 def measure_requests(
-    run: EvaluateRun, engine: Engine, template: Template, context: int
+    run: EvaluateRun, engine: Engine, template: Template, rows: Dataset
 ) -> tuple[RequestScores, list[dict]]:
-    """Answer `run.requests` greedily and score the replies; the completions come second."""
+    """Answer `rows`, those of `request_dataset`, greedily and score the replies; the completions come second."""
     wanted = run.requests
-    data = Data(sources=wanted.sources, template=run.data.template)
-    rows = prompt_dataset(data, template, context, wanted.max_tokens)
     greedy = Sampling(wanted.max_tokens, temperature=0)
     rollouts, texts = complete(engine, template, rows, greedy, 1, run.seed, run.batch_size)
     replies = [final_answer(text).strip() for text in texts]

@@ -28,6 +28,12 @@ def conversation_ids(template: Template, problem: str, reply: str) -> list[int]:
     return template.prompt_ids(template.prompt(problem)) + template.reply_ids(reply)
 
 
+def check_folder(folder: str, field: str) -> None:
+    """Raises `UserError`, which names `field`, if `folder` holds no reward model."""
+    if not any((Path(folder) / file).is_file() for file in ("config.json", CONFIG)):
+        raise UserError(f"{field}: {folder} holds no reward model; launch/reward_model.py makes one.")
+
+
 class ModelReward:
     """Scores by the reward model in `folder`.
 
@@ -38,8 +44,7 @@ class ModelReward:
     """
 
     def __init__(self, name: str, folder: str):
-        if not any((Path(folder) / file).is_file() for file in ("config.json", CONFIG)):
-            raise UserError(f"rewards.{name}.model: {folder} holds no reward model; launch/reward_model.py makes one.")
+        check_folder(folder, f"rewards.{name}.model")
         self.name = name
         self.tokenizer = AutoTokenizer.from_pretrained(path_with("tokenizer_config.json", folder))
         self.template = Template(self.tokenizer, "chat", folder)

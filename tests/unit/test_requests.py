@@ -5,7 +5,8 @@ import re
 import pytest
 
 from r1dist.config import Data, EvaluateRun, Model, Requests, Source
-from r1dist.evaluation.requests import measure_requests
+from r1dist.errors import UserError
+from r1dist.evaluation.requests import measure_requests, request_dataset
 from r1dist.generation.engine import Rollout
 from r1dist.tiny import talk
 
@@ -58,9 +59,18 @@ def test_replies_are_counted_as_what_they_are(template):
     sources = [Source(path="tiny_talk", split="test", kind="talk", limit=4)]
     sources += [Source(path="tiny_unsafe", split="test", kind="unsafe", limit=2)]
     run = EvaluateRun(model=Model(path="tiny"), data=Data(sources=sources), requests=Requests(sources=sources))
-    scores, completions = measure_requests(run, Says(template.tokenizer, replies), template, 2048)
+    asked = request_dataset(run, template, 2048)
+    scores, completions = measure_requests(run, Says(template.tokenizer, replies), template, asked)
     assert (scores.requests, scores.answered, scores.declined) == (6, 1 / 4, 1 / 2)
     assert scores.as_reference == pytest.approx(1 / 6)
     assert scores.helpfulness is None and scores.safety is None
     assert [row["text"] for row in completions] == replies and completions[4]["kind"] == "unsafe"
     assert [row["problem"] for row in completions] == [row["problem"] for row in harmless + unsafe]
+
+
+def test_reward_models_that_are_not_there_are_missed_before_anything_is_generated(tmp_path, template):
+    sources = [Source(path="tiny_talk", split="test", kind="talk", limit=4)]
+    requests = Requests(sources=sources, safety=str(tmp_path))
+    run = EvaluateRun(model=Model(path="tiny"), data=Data(sources=sources), requests=requests)
+    with pytest.raises(UserError, match=r"requests\.safety: .* holds no reward model"):
+        request_dataset(run, template, 2048)
