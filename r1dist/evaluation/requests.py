@@ -39,7 +39,7 @@ class RequestScores:
 
 
 def request_dataset(run: EvaluateRun, template: Template, context: int) -> Dataset:
-    """The prompts of `run.requests`. Raises `UserError` as `prompt_dataset`, and for reward models that are not there."""
+    """The prompts of `run.requests`. Raises `UserError` as `prompt_dataset`, or where a reward model is missing."""
     for name in ("helpfulness", "safety"):
         if (folder := getattr(run.requests, name)) is not None:
             check_folder(folder, f"requests.{name}")
