@@ -216,8 +216,8 @@ class Template:
     def _unusable(self, reason: str) -> UserError:
         return UserError(
             f"data.template `{self.name}`: the chat template of {self.model} {reason}.\n"
-            "Set its arguments in `model.chat_template_kwargs`, name a tokenizer with another one in `model.tokenizer`, "
-            "or use `data.template: r1_zero`."
+            "Set its arguments in `model.chat_template_kwargs`, name another tokenizer in `model.tokenizer`, or "
+            "use `data.template: r1_zero`."
         )
 
 
