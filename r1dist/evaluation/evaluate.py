@@ -14,7 +14,7 @@ from ..files import write_json
 from ..generation.engine import Rollout, Sampling
 from ..generation.local import InProcessEngine, load_engine
 from ..models import load_model_config
-from ..rewards import VERIFIERS
+from ..rewards import verifiers_of
 from ..rewards.format import has_format
 from ..rewards.golds import check_golds
 from ..rewards.language import language_share
@@ -58,7 +58,7 @@ def evaluate(run: EvaluateRun) -> dict:
     asked = None if run.requests is None else request_dataset(run, template, context)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
-    with Pool(VERIFIERS, run.verify) as pool:
+    with Pool(verifiers_of(()), run.verify) as pool:
         check_golds("accuracy", dataset, pool)
         engine = load_engine(run.model, template, run.batch_size)
         scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)

@@ -5,7 +5,7 @@ holds nothing to measure. TRL leaves such a score out of the row's sum.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, as_completed
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,11 @@ THINKING = {"format", "language", "soft_format"}
 """Rewards that pay nothing where nothing is thought."""
 VERIFIED = "verified"
 """Column of `score`'s rows: verifier -> score."""
+
+
+def verifiers_of(rewards: Iterable[str]) -> dict[str, Callable[..., float | None]]:
+    """The verifiers that these rewards need of a pool, and `accuracy`, by which gold answers are checked."""
+    return {name: function for name, function in VERIFIERS.items() if name in {"accuracy", *rewards}}
 
 
 class Rewards:

@@ -28,6 +28,8 @@ from ..errors import VerifiersBroken
 DEATHS = 3  # an item that was being verified when this many workers died has killed them
 BACK_OFF = 15.0  # seconds between two tries, at most, while nothing can be verified
 START_SECONDS = 120.0
+SLOW_AT_FIRST = ("accuracy", "language")
+"""Verifiers whose first score is made in the fork server, by a module `warm_*`."""
 MIB = 2**20
 
 Verifier = Callable[..., float | None]
@@ -72,8 +74,9 @@ class Pool:
         self._closed = threading.Event()
         self._context = multiprocessing.get_context("forkserver")
         # What a worker needs is imported once, in the fork server, so that one that replaces another is there at once.
-        modules = (verifier.__module__ for verifier in verifiers.values())
-        self._context.set_forkserver_preload([__name__, f"{__package__}.warm", *modules])
+        modules = [verifier.__module__ for verifier in verifiers.values()]
+        warm = [f"{__package__}.warm_{name}" for name in verifiers if name in SLOW_AT_FIRST]
+        self._context.set_forkserver_preload([__name__, *modules, *warm])
         workers = limits.workers or max(1, len(os.sched_getaffinity(0)) // share)
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         for thread in self._threads:

@@ -18,7 +18,7 @@ from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
 from ..generation.trainer_engines import local_engine, server_engine, training_servers
 from ..models import check_lora, load_model_config, model_init_kwargs, weights_path
-from ..rewards import THINKING, VERIFIERS, Rewards
+from ..rewards import THINKING, Rewards, verifiers_of
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.progress import show_progress
@@ -38,7 +38,7 @@ def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
     set_up_process()
     check_lora(run.model)
-    with Pool(VERIFIERS, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
+    with Pool(verifiers_of(run.rewards), run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
         _train(run, pool)
 
 

@@ -18,7 +18,7 @@ from ..data.templates import load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..files import RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from ..generation.engine import RolloutsLost
-from ..rewards import VERIFIERS
+from ..rewards import verifiers_of
 from ..rewards.golds import check_golds
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
@@ -40,7 +40,7 @@ def sample(run: SampleRun) -> dict:
     """
     set_up_process()
     folder = Path(run.output_dir)
-    with Pool(VERIFIERS, run.verify) as pool:
+    with Pool(verifiers_of(()), run.verify) as pool:
         asked = _prompts(run, pool)
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
             for generator, prompts in zip(run.generators, asked, strict=True):

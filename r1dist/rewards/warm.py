@@ -1,7 +1,0 @@
-"""Imported by the fork server of the pool: the first score costs fifty times the next, and workers begin after it."""
-
-from .language import language
-from .math.accuracy import accuracy
-
-accuracy("<answer>\\frac{x^2+1}{2}</answer>", {"answer": "$0.5 + x^2/2$"})
-language("<think>a second of loading</think>", {}, "en")
