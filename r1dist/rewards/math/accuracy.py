@@ -74,6 +74,7 @@ EQUALS = re.compile(r"(?<![<>!:\\])=")
 # The decimal comma is read as such only beside a decimal point: "1,2" is a list elsewhere.
 COMMA = re.compile(r"-?\d+,\d+ -?\d*\.\d+|-?\d*\.\d+ -?\d+,\d+")
 VARIABLE = re.compile(r"[A-Za-z]")
+NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
 SHORT = re.compile(r"(?<=\d)(?:([kK])|(M)|(bn|B))(?![A-Za-z])")
 
 
@@ -123,7 +124,10 @@ def _gold(answer: str) -> Gold | None:
     formula = whole_formula(stated.text)
     if formula is None and stated.announced:
         formula = whole_formula(stated.text.partition(". ")[0])
-    if formula is None or not (too_hard(formula.text) or _parse(formula.text)):
+    if formula is None:
+        return None
+    # A number can be scored, and is not parsed before an answer is written otherwise.
+    if not (NUMBER.fullmatch(formula.text) or too_hard(formula.text) or _parse(formula.text)):
         return None
     return Gold(text, formula=formula)
 
