@@ -32,7 +32,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def _with_defaults(tokenizer: PreTrainedTokenizerBase, model: Model) -> str:
-    """The chat template with `model.chat_template_kwargs` in it, which are saved with the model by that."""
+    """The chat template with `model.chat_template_kwargs` written into it, so that the saved model keeps them."""
     if tokenizer.chat_template is None:
         raise UserError(f"model.chat_template_kwargs: the tokenizer of {model.path} has no chat template.")
     template = tokenizer.get_chat_template()

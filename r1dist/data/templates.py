@@ -37,7 +37,7 @@ class Template:
 
     Args:
         tokenizer: Its end-of-sequence token becomes the one that ends a reply, so that what is saved with it stops
-            there; its chat template becomes the one with `model.chat_template_kwargs`.
+            there. That token also pads where the tokenizer had neither of the two.
         name: As in `data.template`.
         model: Where the tokenizer is from, for errors.
         stop_ids: Further token ids that end a completion.
@@ -67,6 +67,8 @@ class Template:
                 f"model: the tokenizer of {model} has no end-of-sequence token, so that no reply would ever end.\n"
                 "Set `eos_token` in its tokenizer_config.json."
             )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self.stop_ids = sorted(stops - {None})
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         vocabulary = tokenizer.get_vocab()

@@ -173,6 +173,14 @@ def test_a_tokenizer_without_an_end_is_refused():
         Template(tokenizer, "r1_zero", "m")
 
 
+def test_where_only_the_chat_template_names_an_end_it_pads():
+    tokenizer = tokenizer_of(CHATML)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    template = Template(tokenizer, "chat", "m")
+    assert template.tokenizer.eos_token == template.tokenizer.pad_token == "<|im_end|>"
+    assert template.stop_ids == [template.tokenizer.pad_token_id]
+
+
 def test_tags_that_are_special_tokens_are_text():
     tags = {"extra_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]}
     tokenizer = tokenizer_of(CHATML)
