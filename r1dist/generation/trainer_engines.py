@@ -11,10 +11,11 @@ from accelerate.utils import broadcast_object_list
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import selective_log_softmax
 
-from ..config import GRPORun
+from ..config import GRPORun, Serve
 from ..config import Rollout as RolloutSettings
 from ..config.trl_fields import trl_value
 from ..data.templates import Template
+from ..errors import UserError
 from ..files import SERVERS
 from ..models import weights_path
 from .engine import Engine
@@ -81,10 +82,16 @@ def training_servers(
     """
     if rank != 0 or run.rollout.engine != "vllm":
         return nullcontext()
+    managed = run.rollout.servers == "managed"
+    if managed and int(os.environ.get("WORLD_SIZE", "1")) > _trainers() and run.rollout.serve.host == Serve().host:
+        raise UserError(
+            f"rollout.servers: the run's own listen at {Serve().host}, for one machine, and its processes are on "
+            "several.\nUse launch/job.py, or start servers by launch/serve.py and name them here."
+        )
     completion = trl_value(run, "max_completion_length")
     demand = Demand(run.model, template.tokenizer, max(prompts, key=len), completion, trains=True)
     check_servers(run.rollout, demand, dtype, _trainers())
-    return _managed(run, dtype, demand.tokens, _trainers()) if run.rollout.servers == "managed" else nullcontext()
+    return _managed(run, dtype, demand.tokens, _trainers()) if managed else nullcontext()
 
 
 @contextmanager

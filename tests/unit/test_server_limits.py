@@ -1,11 +1,14 @@
 """Servers that exist and cannot do what a run will ask of them: refused before anything is written."""
 
+from types import SimpleNamespace
+
 import pytest
 from stub_server import StubServer
 
 from r1dist.config import GRPORun, Model, Rollout, SampleRun
 from r1dist.config.loader import build
 from r1dist.errors import UserError
+from r1dist.generation.trainer_engines import training_servers
 from r1dist.generation.vllm import start
 from r1dist.generation.vllm.endpoints import Endpoints, Server, write
 from r1dist.generation.vllm.limits import Demand, check_running
@@ -129,3 +132,18 @@ def test_it_is_refused_before_anything_is_written(server, small_grpo, tmp_path, 
             tree = {"output_dir": str(tmp_path / "run"), "generators": [generator], "rollout": rollout}
             sample(build(SampleRun, tree, "run.yaml"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_servers_of_one_machine_are_not_for_trainers_on_several(small_grpo, tokenizer, monkeypatch):
+    monkeypatch.setattr(start, "require_vllm", lambda: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+    def begin(processes: int, **serve):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        run = build(GRPORun, {**small_grpo, "rollout": {"engine": "vllm", "serve": serve}}, "run.yaml")
+        return training_servers(run, "float32", SimpleNamespace(tokenizer=tokenizer), [[1]], rank=0)
+
+    with pytest.raises(UserError, match=r"listen at 127.0.0.1, for one machine, .*\nUse launch/job.py"):
+        begin(4)
+    begin(2)
+    begin(4, host="0.0.0.0")
