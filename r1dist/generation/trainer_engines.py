@@ -61,10 +61,11 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         probe_tokens=min(PROBE_TOKENS, trainer.max_completion_length - 1),
         stop_ids=trainer.template.stop_ids,
         rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
         broadcast=lambda value: broadcast_object_list([value])[0],
     )
     source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
-    return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy, accelerator.num_processes)
+    return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy)
 
 
 def training_servers(
