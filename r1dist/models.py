@@ -75,8 +75,12 @@ def check_lora(model: Model, task: Task = "CAUSAL_LM") -> None:
 
 
 def model_init_kwargs(model: Model) -> dict[str, Any]:
-    """How TRL is to load the policy (and its reference)."""
-    return {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    """How TRL is to load the policy (and its reference).
+
+    TRL's own `device_map` would spread one process's model over all GPUs that it sees, those of servers included. None
+    leaves the device to the trainer.
+    """
+    return {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "device_map": None}
 
 
 def _load(auto_class: type, path: str, field: str) -> Any:

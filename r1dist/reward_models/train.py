@@ -72,7 +72,7 @@ def train(run: RewardModelRun) -> None:
     held_out = (load_pairs if pairwise else load_labels)(run.holdout) if run.holdout else None
     weights = weights_path(run.model)
     arguments = trl_arguments(
-        trl.RewardConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model)
+        trl.RewardConfig, **hardware_defaults(run.trl, run.model.dtype), model_init_kwargs=model_init_kwargs(run.model)
     )
     check_rows(run, len(dataset))
     with run_folder(run, "reward_model") as checkpoint:

@@ -69,7 +69,8 @@ def _train(run: GRPORun, pool: Pool) -> None:
 
 def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
-    return trl_arguments(trl.GRPOConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model))
+    values = hardware_defaults(run.trl, run.model.dtype)
+    return trl_arguments(trl.GRPOConfig, **values, model_init_kwargs=model_init_kwargs(run.model))
 
 
 def build_trainer(

@@ -1,6 +1,5 @@
 """What a process of this project sets up before anything else."""
 
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -14,8 +13,7 @@ from ..logs import set_up_logging
 
 def set_up_process() -> None:
     """Quiet libraries, our own log from rank 0, and what CPU runs need."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    set_up_logging(level)
+    set_up_logging()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -34,7 +34,7 @@ def train(run: SFTRun) -> None:
     weights = weights_path(run.model)
     arguments = trl_arguments(
         trl.SFTConfig,
-        **{**DEFAULTS, **hardware_defaults(run.trl)},
+        **{**DEFAULTS, **hardware_defaults(run.trl, run.model.dtype)},
         model_init_kwargs=model_init_kwargs(run.model),
     )
     counts = arguments.packing and arguments.dataloader_drop_last
