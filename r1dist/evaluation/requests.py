@@ -70,17 +70,18 @@ def measure_requests(
         declined=_mean(declined),
         declined_ci95=clustered_interval(declined) if declined else None,
         as_reference=_mean(as_reference),
-        helpfulness=_model_mean("helpfulness", wanted.helpfulness, [(texts[i], rows[i]) for i in harmless]),
-        safety=_model_mean("safety", wanted.safety, list(zip(texts, rows, strict=True))),
+        helpfulness=_model_mean(run, "helpfulness", [(texts[i], rows[i]) for i in harmless]),
+        safety=_model_mean(run, "safety", list(zip(texts, rows, strict=True))),
     )
     return scores, with_texts(list(rows), texts)
 
 
-def _model_mean(name: str, folder: str | None, judged: list[tuple[str, dict]]) -> float | None:
+def _model_mean(run: EvaluateRun, name: str, judged: list[tuple[str, dict]]) -> float | None:
+    folder = getattr(run.requests, name)
     if folder is None or not judged:
         return None
     texts, rows = zip(*judged, strict=True)
-    return fmean(ModelReward(name, folder)(list(texts), list(rows)))
+    return fmean(ModelReward(name, folder, run.model.dtype)(list(texts), list(rows)))
 
 
 def _mean(values: list[float]) -> float | None:
