@@ -75,7 +75,7 @@ def engine_over(rollout: Rollout, model, folder: Path, stops: list[int]) -> Serv
         lambda tokens: [0.0] * (len(tokens) - 1), probe=[20, 21], probe_tokens=0, stop_ids=stops, rank=0,
         ranks=1, broadcast=lambda value: value,
     )  # fmt: skip
-    return connect(rollout, folder / "servers", WeightSource(model, torch.float32), policy)
+    return connect(rollout, folder / "servers", WeightSource(model, torch.float32), policy, trainers=1)
 
 
 def throughput(folder: Path, model, rounds: int) -> tuple[dict, dict]:

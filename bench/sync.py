@@ -65,7 +65,7 @@ def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
     policy = Policy(
         score, probe=list(range(20, 40)), probe_tokens=16, stop_ids=[], rank=0, ranks=1, broadcast=lambda v: v
     )
-    engine = connect(rollout, folder / "servers", WeightSource(model, torch.bfloat16), policy)
+    engine = connect(rollout, folder / "servers", WeightSource(model, torch.bfloat16), policy, trainers=1)
     try:
         seconds = [timed(lambda step=step: engine.sync_weights(step)) for step in range(rounds + 1)][1:]
         found = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": statistics.median(seconds)}

@@ -29,15 +29,16 @@ from ..errors import Interrupted, RunStopped, StageFailed, UserError
 from ..files import LOGS, SERVERS, lock_run_dir
 from ..generation.ports import free_port
 from ..generation.vllm.endpoints import OWNER_ONLY, read
-from ..generation.vllm.start import require_length
+from ..generation.vllm.start import require_length, require_vllm, sleeps
 from ..generation.weight_sync.scratch import clear
 from ..models import load_model_config
 from ..pipeline.graph import KINDS
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from ..run.setup import computing_dtype, hardware_defaults
 from .allocation import Cluster
+from .memory import BYTES, Sharding, parameter_count, peak, training_memory
 from .placement import Load, Placement, place
-from .plan import BYTES, Sharding, model_shape, parameter_count, peak, training_memory
+from .shapes import model_shape
 
 SHARD = 64  # prompts that a node claims at a time, where the YAML says nothing
 SERVER_STARTS = 3
@@ -91,6 +92,7 @@ class JobLauncher:
             )
         print(self.placement.table(), flush=True)
         if self.kind.trains and self.placement.serve_nodes:
+            require_vllm()
             self.served_length = require_length(self.config.rollout.serve, longest(self.config))
         # Two jobs in one folder would take each other's servers; samplers are meant to be many.
         with lock_run_dir(self.logs) if self.kind.trains else nullcontext():
@@ -127,8 +129,9 @@ class JobLauncher:
         return "\n".join(last_words(*((path, self._before.get(path, 0)) for path in logs)))
 
     def _serving(self) -> range:
-        """The nodes that serve, by number."""
-        return range(self.placement.train_nodes, self.placement.train_nodes + self.placement.serve_nodes)
+        """The nodes that serve a trainer, by number."""
+        first = self.placement.train_nodes
+        return range(first, first + self.placement.serve_nodes if self.kind.trains else first)
 
     @contextmanager
     def _servers(self) -> Iterator[list["NodeServers"]]:
@@ -223,7 +226,7 @@ class JobLauncher:
         elif placement.replicas and placement.machines.gpus:
             words += ["--rollout.serve.replicas", str(placement.replicas)]
             words += ["--rollout.serve.tensor_parallel", str(placement.tensor_parallel)]
-            words += ["--rollout.serve.devices", placement.devices] if placement.devices else ["--rollout.sleep"]
+            words += ["--rollout.serve.devices", placement.devices] if placement.devices else []
         return words + (["--rollout.transport", placement.transport] if placement.transport else [])
 
 
@@ -313,7 +316,8 @@ def load_of(run) -> Load:
     return Load(
         trains=True,
         serves=serves,
-        shares=serves and (rollout.sleep or rollout.transport == "ipc"),
+        shares=serves and bool(rollout.sleep or rollout.transport == "ipc"),
+        sleeps=serves and sleeps(rollout, shared=True),
         peak=bytes_of,
         served=parameter_count(shape) * BYTES["bfloat16"],
         heads=shape.num_attention_heads,
@@ -327,7 +331,7 @@ def served_dtype(run: GRPORun) -> str:
     """The servers' dtype: the trainer's, unless the YAML sets one."""
     if run.rollout.serve.dtype != "auto":
         return run.rollout.serve.dtype
-    return computing_dtype(SimpleNamespace(**{"fp16": False, **hardware_defaults(run.trl)}), run.model.dtype)
+    return computing_dtype(SimpleNamespace(**hardware_defaults(run.trl, run.model.dtype)), run.model.dtype)
 
 
 def longest(run: GRPORun) -> int:

@@ -72,7 +72,7 @@ def evaluate(run: EvaluateRun) -> dict:
             result["sampled"] = asdict(measure(run, engine, template, dataset, sampled, run.sampling.samples, pool)[0])
             answered = None if asked is None else answer_requests(run, engine, template, asked)
     if answered is not None:
-        replies, more = score_replies(run.requests, asked, *answered)
+        replies, more = score_replies(run, asked, *answered)
         result["requests"] = asdict(replies)
         completions += more
     if run.output:

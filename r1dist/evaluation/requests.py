@@ -6,7 +6,7 @@ from statistics import fmean
 
 from datasets import Dataset
 
-from ..config import Data, EvaluateRun, Requests
+from ..config import Data, EvaluateRun
 from ..data.prompts import prompt_dataset
 from ..data.templates import Template
 from ..generation.engine import Engine, Rollout, Sampling
@@ -55,14 +55,14 @@ def answer_requests(
 
 
 def score_replies(
-    wanted: Requests, rows: Dataset, rollouts: list[Rollout], texts: list[str]
+    run: EvaluateRun, rows: Dataset, rollouts: list[Rollout], texts: list[str]
 ) -> tuple[RequestScores, list[dict]]:
     """The scores of the replies to `rows`; the completions come second.
 
     Loads reward models: on a GPU the engine must have ended.
     """
     replies = [final_answer(text).strip() for text in texts]
-    declines = [bool(re.search(wanted.declines, reply, re.IGNORECASE)) for reply in replies]
+    declines = [bool(re.search(run.requests.declines, reply, re.IGNORECASE)) for reply in replies]
     harmless = [place for place, row in enumerate(rows) if row["kind"] != UNSAFE]
     unsafe = [place for place, row in enumerate(rows) if row["kind"] == UNSAFE]
     answered = [float(bool(replies[i]) and not declines[i] and rollouts[i].finish_reason == "stop") for i in harmless]
@@ -77,17 +77,18 @@ def score_replies(
         declined=_mean(declined),
         declined_ci95=clustered_interval(declined) if declined else None,
         as_reference=_mean(as_reference),
-        helpfulness=_model_mean("helpfulness", wanted.helpfulness, [(texts[i], rows[i]) for i in harmless]),
-        safety=_model_mean("safety", wanted.safety, list(zip(texts, rows, strict=True))),
+        helpfulness=_model_mean(run, "helpfulness", [(texts[i], rows[i]) for i in harmless]),
+        safety=_model_mean(run, "safety", list(zip(texts, rows, strict=True))),
     )
     return scores, with_texts(list(rows), texts)
 
 
-def _model_mean(name: str, folder: str | None, judged: list[tuple[str, dict]]) -> float | None:
+def _model_mean(run: EvaluateRun, name: str, judged: list[tuple[str, dict]]) -> float | None:
+    folder = getattr(run.requests, name)
     if folder is None or not judged:
         return None
     texts, rows = zip(*judged, strict=True)
-    return fmean(ModelReward(name, folder)(list(texts), list(rows)))
+    return fmean(ModelReward(name, folder, run.model.dtype)(list(texts), list(rows)))
 
 
 def _mean(values: list[float]) -> float | None:

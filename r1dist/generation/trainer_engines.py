@@ -65,7 +65,7 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         broadcast=lambda value: broadcast_object_list([value])[0],
     )
     source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
-    return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy)
+    return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy, _trainers())
 
 
 def training_servers(
@@ -81,11 +81,10 @@ def training_servers(
     """
     if rank != 0 or run.rollout.engine != "vllm":
         return nullcontext()
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     completion = trl_value(run, "max_completion_length")
     demand = Demand(run.model, template.tokenizer, max(prompts, key=len), completion, trains=True)
-    check_servers(run.rollout, demand, dtype, trainers)
-    return _managed(run, dtype, demand.tokens, trainers) if run.rollout.servers == "managed" else nullcontext()
+    check_servers(run.rollout, demand, dtype, _trainers())
+    return _managed(run, dtype, demand.tokens, _trainers()) if run.rollout.servers == "managed" else nullcontext()
 
 
 @contextmanager
@@ -96,6 +95,11 @@ def _managed(run: GRPORun, dtype: str, tokens: int, trainers: int) -> Iterator[N
         yield
     finally:
         servers.stop()
+
+
+def _trainers() -> int:
+    """Training processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _servers_folder(output_dir: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..config import EvaluateRun, GRPORun, RewardModelRun, SampleRun, SFTRun
+from ..config.engines import VLLM_MISSING, vllm_installed
 from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
 from ..errors import UserError
@@ -224,6 +225,15 @@ def _processes(accelerate: Path) -> int:
         raise UserError(f"accelerate: there is no file {accelerate}.")
     config = yaml.safe_load(accelerate.read_text(encoding="utf-8"))
     return 1 if config.get("distributed_type", "NO") == "NO" else config["num_processes"]
+
+
+def missing_vllm(steps: Iterable[Step]) -> str | None:
+    """What to tell if some of `steps` start vLLM servers, and vLLM is not installed."""
+    rollouts = {step.name: step.config.get("rollout") for step in steps}
+    names = [name for name, r in rollouts.items() if r and (r["engine"], r["servers"]) == ("vllm", "managed")]
+    if not names or vllm_installed():
+        return None
+    return f"{', '.join(names)}: `rollout.engine` is `vllm`, but {VLLM_MISSING} Or set `--engine transformers`."
 
 
 def _closure(start: str, following: dict[str, set[str]]) -> set[str]:

@@ -24,6 +24,7 @@ def finished(tmp_path_factory):
     config = write_yaml(folder / "run.yaml", tree)
     done = launch("grpo.py", "--config", config, accelerate=("--config_file", "configs/accelerate/cpu.yaml"))
     assert done.returncode == 0, done.stderr
+    assert "rollouts are generated in this process, by transformers (as configured)" in done.stderr.splitlines()[0]
     return folder / "run", config, done
 
 

@@ -61,7 +61,7 @@ def test_replies_are_counted_as_what_they_are(template):
     run = EvaluateRun(model=Model(path="tiny"), data=Data(sources=sources), requests=Requests(sources=sources))
     asked = request_dataset(run, template, 2048)
     answered = answer_requests(run, Says(template.tokenizer, replies), template, asked)
-    scores, completions = score_replies(run.requests, asked, *answered)
+    scores, completions = score_replies(run, asked, *answered)
     assert (scores.requests, scores.answered, scores.declined) == (6, 1 / 4, 1 / 2)
     assert scores.as_reference == pytest.approx(1 / 6)
     assert scores.helpfulness is None and scores.safety is None
