@@ -36,8 +36,9 @@ from ..pipeline.graph import KINDS
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from ..run.setup import computing_dtype, hardware_defaults
 from .allocation import Cluster
+from .memory import BYTES, Sharding, parameter_count, peak, training_memory
 from .placement import Load, Placement, place
-from .plan import BYTES, Sharding, model_shape, parameter_count, peak, training_memory
+from .shapes import model_shape
 
 SHARD = 64  # prompts that a node claims at a time, where the YAML says nothing
 SERVER_STARTS = 3

@@ -63,12 +63,13 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         probe_tokens=min(PROBE_TOKENS, trainer.max_completion_length - 1),
         stop_ids=trainer.template.stop_ids,
         rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
         broadcast=lambda value: broadcast_object_list([value])[0],
     )
     source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
     folder = _servers_folder(trainer.args.output_dir)
     rollout, trainers = _beside_trainers(rollout, trainer.args.use_cpu)
-    return connect(rollout, folder, source, policy, accelerator.num_processes, trainers)
+    return connect(rollout, folder, source, policy, trainers)
 
 
 def training_servers(

@@ -30,10 +30,16 @@ def _restore_to_cpu(storage: torch.UntypedStorage, location: str) -> torch.Untyp
     return storage if location.startswith("cpu:") else None
 
 
-def choose_default(with_gpu: Path, without_gpu: Path) -> Path:
-    """The recipe of a launch without `--config`; prints which one and why, once, before anything else."""
+def choose_default(by_memory: dict[float, Path], without_gpu: Path) -> Path:
+    """The recipe of a launch without `--config`; prints which one and why, once, before anything else.
+
+    Args:
+        by_memory: Least GiB of the first GPU -> the recipe for it. A smaller GPU gets the one for the least.
+    """
     if torch.cuda.is_available():
-        chosen, why = with_gpu, f"found {torch.cuda.get_device_name(0)}"
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        chosen = by_memory[max((least for least in by_memory if least <= gib), default=min(by_memory))]
+        why = f"found {torch.cuda.get_device_name(0)} with {gib:.1f} GiB"
     else:
         chosen, why = without_gpu, "found no GPU"
     if os.environ.get("RANK", "0") == "0":
