@@ -53,8 +53,8 @@ def main() -> int:
 
 def rollouts(options: argparse.Namespace) -> dict:
     """A training with each way in which weights can reach the servers."""
-    variants = {"shm": ["--rollout.transport", "shm"], "ipc": ["--rollout.transport", "ipc"]}
-    variants["ipc, sleep"] = [*variants["ipc"], "--rollout.sleep", "true"]
+    ipc = ["--rollout.transport", "ipc", "--rollout.sleep"]
+    variants = {"shm": ["--rollout.transport", "shm"], "ipc": [*ipc, "false"], "ipc, sleep": [*ipc, "true"]}
     if torch.cuda.device_count() > 1:
         variants["nccl"] = ["--rollout.transport", "nccl"]
     with tempfile.TemporaryDirectory() as folder:

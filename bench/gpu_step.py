@@ -16,7 +16,8 @@ import yaml
 from step import GROUP, MICRO, PROMPTS, Bench, compare
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
 
-from r1dist.cluster.plan import QWEN_HALF_BILLION, Sharding, peak, training_memory
+from r1dist.cluster.memory import Sharding, peak, training_memory
+from r1dist.cluster.shapes import QWEN_HALF_BILLION
 from r1dist.config import GRPORun, Verify
 from r1dist.config.loader import build
 from r1dist.rewards import VERIFIERS

@@ -7,6 +7,7 @@ from pathlib import Path
 from r1dist.config import GRPORun
 from r1dist.config.loader import config_path, parse
 from r1dist.errors import run_cli
+from r1dist.logs import set_up_logging
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
@@ -14,14 +15,17 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 def main(argv: list[str]) -> None:
     default = None
     if config_path(argv) is None:
+        from r1dist.cluster.recipes import r1_zero_by_memory
         from r1dist.run.process import choose_default
 
-        default = choose_default(RECIPES / "qwen2.5-0.5b" / "r1_zero.yaml", RECIPES / "tiny" / "r1_zero.yaml")
+        default = choose_default(r1_zero_by_memory(RECIPES), RECIPES / "tiny" / "r1_zero.yaml")
+    set_up_logging()
     run = parse(GRPORun, argv, default, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    if run.dry_run:
-        from r1dist.cluster.plan import print_plan
+    from r1dist.cluster.plan import check_machine, print_plan
 
+    if run.dry_run:
         return print_plan(run)
+    check_machine(run)
     from r1dist.rl.train import train
 
     train(run)

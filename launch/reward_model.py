@@ -12,10 +12,11 @@ DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" /
 
 def main(argv: list[str]) -> None:
     run = parse(RewardModelRun, argv, DEFAULT)
-    if run.dry_run:
-        from r1dist.cluster.plan import print_plan
+    from r1dist.cluster.plan import check_machine, print_plan
 
+    if run.dry_run:
         return print_plan(run)
+    check_machine(run)
     from r1dist.reward_models.train import train
 
     train(run)

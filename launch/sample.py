@@ -10,11 +10,13 @@ from pathlib import Path
 from r1dist.config import SampleRun
 from r1dist.config.loader import parse
 from r1dist.errors import run_cli
+from r1dist.logs import set_up_logging
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "rejection_sampling.yaml"
 
 
 def main(argv: list[str]) -> None:
+    set_up_logging()
     run = parse(SampleRun, argv, DEFAULT)
     if run.dry_run:
         from r1dist.cluster.plan import print_plan

@@ -13,14 +13,17 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 def main(argv: list[str]) -> None:
     default = None
     if config_path(argv) is None:
+        from r1dist.cluster.recipes import least_gib
         from r1dist.run.process import choose_default
 
-        default = choose_default(RECIPES / "qwen2.5-0.5b" / "sft.yaml", RECIPES / "tiny" / "sft.yaml")
+        by_memory = {least_gib(): RECIPES / "qwen2.5-0.5b" / "sft.yaml"}
+        default = choose_default(by_memory, RECIPES / "tiny" / "sft.yaml")
     run = parse(SFTRun, argv, default)
-    if run.dry_run:
-        from r1dist.cluster.plan import print_plan
+    from r1dist.cluster.plan import check_machine, print_plan
 
+    if run.dry_run:
         return print_plan(run)
+    check_machine(run)
     from r1dist.sft.train import train
 
     train(run)

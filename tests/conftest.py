@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 SMALL_GRPO = {
     "model": {"path": "tiny"},
     "data": {"sources": [{"path": "tiny", "limit": 256}], "template": "chat"},
-    "rollout": {"batch_size": 32},
+    "rollout": {"engine": "transformers", "batch_size": 32},
     "seed": 0,
     "max_steps": 2,
     "learning_rate": 1e-4,

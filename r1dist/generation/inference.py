@@ -23,7 +23,7 @@ def fixed_engine(
         tokens: The longest prompt and completion together.
         folder: Where managed servers leave their logs.
     """
-    if rollout.engine == "transformers":
+    if rollout.engine != "vllm":
         yield load_engine(model, template, rollout.batch_size)
         return
     managed = rollout.servers == "managed"

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from ..adapters import load_model
 from ..config import Model
 from ..data.templates import Template
-from ..models import model_path
+from ..models import attention, model_path
 from .engine import Request, Rollout, Sampling
 
 # Noise is drawn for several positions at once where the vocabulary is small: a call for every row and
@@ -216,9 +216,8 @@ class InProcessEngine:
 
 def load_engine(model: Model, template: Template, batch_size: int) -> InProcessEngine:
     """The engine over `model`, loaded for nothing but to generate, on this process's GPU if there are any."""
-    loaded = load_model(
-        model_path(model), dtype=getattr(torch, model.dtype), attn_implementation=model.attn_implementation
-    )
+    kernel = attention(model, half=model.dtype != "float32")
+    loaded = load_model(model_path(model), dtype=getattr(torch, model.dtype), attn_implementation=kernel)
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # `torchrun` numbers a machine's processes
     loaded.to(own if torch.cuda.is_available() else "cpu").eval()
 

@@ -18,7 +18,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
 RECORDS = ("run.json", "metrics.jsonl", "report.json", "trainer_state.json")
 # Fields that change nothing about what a step leaves.
 INDIFFERENT = ("output_dir", "output", "dry_run", "resume", "verify.workers", "verify.retry_timeout",
-               "train.stall_timeout")  # fmt: skip
+               "train.stall_timeout", "rollout.engine")  # fmt: skip
 
 
 class Manifest:

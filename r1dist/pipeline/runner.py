@@ -19,7 +19,7 @@ from ..errors import Interrupted, StageFailed, UserError
 from ..files import CHECKSUMS, lock_run_dir, versions, write_json
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from .goals import judge
-from .graph import EVALUATION, Graph, Step
+from .graph import EVALUATION, Graph, Step, missing_vllm
 from .manifest import Manifest, digest, inputs_of, settings_of
 from .page import write_page
 from .table import goals_list, stage_table
@@ -53,13 +53,17 @@ class Runner:
             if decision.act != "skip":
                 changing.add(step.name)
             lines += [f"[{step.name}] {decision.act}: {decision.reason}", f"  {shlex.join(step.command)}"]
+        if missing := missing_vllm(self._unfinished()):
+            lines.append(f"It would be refused: {missing}")
         return "\n".join(lines)
 
     def run(self) -> dict:
         """Do what is missing and return the summary, which is also in `<output_dir>/summary.json`.
 
-        Raises `StageFailed`, or `UserError` if another runner is at work in the folder.
+        Raises `StageFailed`, or `UserError` if another runner is at work in the folder or vLLM is missing.
         """
+        if missing := missing_vllm(self._unfinished()):
+            raise UserError(missing)
         with lock_run_dir(self.folder):
             self.manifest = Manifest(self.folder)
             for step in self.graph.chosen():
@@ -75,6 +79,10 @@ class Runner:
             print(goals_list(summary["goals"]), flush=True)
             write_page(self.folder, summary, self.graph.edges())
             return summary
+
+    def _unfinished(self) -> list[Step]:
+        steps = self.manifest.steps
+        return [step for step in self.graph.chosen() if steps.get(step.name, {}).get("state") != "finished"]
 
     def decide(self, step: Step, inputs: dict[str, str]) -> Decision:
         """Compare the step, with the digests of what it reads now, with its record."""

@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 from ..config.pipeline import PipelineRun
-from ..errors import RunStopped
+from ..errors import RunStopped, UserError
 from ..files import write_json
-from .graph import Graph
+from .graph import Graph, missing_vllm
 
 JOBS = "slurm.json"
 
@@ -32,7 +32,12 @@ def submissions(graph: Graph, arguments: list[str], script: Path) -> list[tuple[
 
 
 def submit(graph: Graph, arguments: list[str], script: Path) -> dict[str, str]:
-    """Submit; gives each job's id, which are also in `<output_dir>/slurm.json`. Raises `RunStopped`."""
+    """Submit; gives each job's id, which are also in `<output_dir>/slurm.json`.
+
+    Raises `RunStopped`, and `UserError` where vLLM is missing.
+    """
+    if missing := missing_vllm(graph.chosen()):
+        raise UserError(missing)
     jobs: dict[str, str] = {}
     (graph.folder / "logs").mkdir(parents=True, exist_ok=True)  # sbatch makes no folders
     for name, command in submissions(graph, arguments, script):

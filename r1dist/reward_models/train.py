@@ -3,7 +3,9 @@
 Rows are put into tokens by the very function that scores with the model later.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +38,7 @@ from ..rewards.model import ModelReward, conversation_ids
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
 from ..run.progress import show_progress
-from ..run.setup import check_rows, hardware_defaults, run_folder, trl_arguments
+from ..run.setup import check_rows, computing_dtype, hardware_defaults, run_folder, trl_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +71,11 @@ def train(run: RewardModelRun) -> None:
     check_lora(run.model, "SEQ_CLS")
     pairwise = run.loss == "pairwise"
     dataset = (pair_dataset if pairwise else label_dataset)(run, template)
-    held_out = (load_pairs if pairwise else load_labels)(run.holdout) if run.holdout else None
+    held_out = holdout_rows(run, template) if run.holdout else None
     weights = weights_path(run.model)
-    arguments = trl_arguments(
-        trl.RewardConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model)
-    )
+    values = hardware_defaults(run.trl, run.model.dtype)
+    kwargs = model_init_kwargs(run.model, values)
+    arguments = trl_arguments(trl.RewardConfig, **values, model_init_kwargs=kwargs)
     check_rows(run, len(dataset))
     with run_folder(run, "reward_model") as checkpoint:
         common = {"args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
@@ -82,30 +84,32 @@ def train(run: RewardModelRun) -> None:
             trainer = PairTrainer(model=weights, peft_config=lora_config(run.model.lora, "SEQ_CLS"), **common)
         else:
             collator = DataCollatorWithPadding(tokenizer)
-            trainer = LabelTrainer(model=new_classifier(run, tokenizer.pad_token_id), data_collator=collator, **common)
+            classifier = new_classifier(run, tokenizer.pad_token_id, kwargs)
+            trainer = LabelTrainer(model=classifier, data_collator=collator, **common)
         show_progress(trainer, COLUMNS)
         trainer.train(resume_from_checkpoint=checkpoint)
         save_trained(trainer, run.model, "SEQ_CLS")
         if held_out is not None:
-            scores = measure(run, held_out, arguments.process_index, arguments.world_size)
+            dtype = computing_dtype(arguments, run.model.dtype)
+            scores = measure(run, held_out, arguments.process_index, arguments.world_size, dtype)
             logger.info("right on %.1f %% of %d rows held out", 100 * scores.accuracy, scores.rows)
             if trainer.is_world_process_zero():
                 write_json(Path(arguments.output_dir) / SCORES, asdict(scores))
         trainer.accelerator.end_training()  # as in grpo.py
 
 
-def measure(run: RewardModelRun, rows: Dataset, rank: int = 0, ranks: int = 1) -> Scores:
-    """The saved model on `rows`: the better reply scored higher, or the label on its side of a half.
+def measure(run: RewardModelRun, rows: Dataset, rank: int = 0, ranks: int = 1, dtype: str = "float32") -> Scores:
+    """The saved model, in `dtype`, on `rows`: the better reply scored higher, or the label on its side of a half.
 
     Each rank has the whole model, as a reward has it, and scores its share of the rows. A collective.
     """
     own = rows.select(range(rank, len(rows), ranks))
     if run.loss == "pairwise":
-        model = ModelReward("helpfulness", run.trl["output_dir"])
+        model = ModelReward("helpfulness", run.trl["output_dir"], dtype)
         chosen, rejected = (model(own[name], list(own)) for name in ("chosen", "rejected"))
         right = [float(better > worse) for better, worse in zip(chosen, rejected, strict=True)]
     else:
-        scores = ModelReward("safety", run.trl["output_dir"])(own["completion"], list(own))
+        scores = ModelReward("safety", run.trl["output_dir"], dtype)(own["completion"], list(own))
         right = [float((score > 0.5) == bool(label)) for score, label in zip(scores, own["label"], strict=True)]
     right = gather_object(right)
     return Scores(len(right), fmean(right), clustered_interval(right))
@@ -113,42 +117,56 @@ def measure(run: RewardModelRun, rows: Dataset, rank: int = 0, ranks: int = 1) -
 
 def pair_dataset(run: RewardModelRun, template: Template) -> Dataset:
     """`chosen_ids` and `rejected_ids`, as TRL takes them."""
-
-    def convert(row: dict) -> dict:
-        return {
-            f"{name}_ids": conversation_ids(template, row["problem"], row[name]) for name in ("chosen", "rejected")
-        }
-
-    rows = load_pairs(run.sources)
-    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names))
+    return _tokenized(run, load_pairs(run.sources), functools.partial(_pair_ids, template))
 
 
 def label_dataset(run: RewardModelRun, template: Template) -> Dataset:
     """`input_ids` and `labels`, a list of one number."""
-
-    def convert(row: dict) -> dict:
-        ids = conversation_ids(template, row["problem"], row["completion"])
-        return {"input_ids": ids, "labels": [float(row["label"])]}
-
-    rows = load_labels(run.sources)
-    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names))
+    return _tokenized(run, load_labels(run.sources), functools.partial(_labelled_ids, template))
 
 
-def _fitting(run: RewardModelRun, rows: Dataset) -> Dataset:
+def holdout_rows(run: RewardModelRun, template: Template) -> Dataset:
+    """The rows of `run.holdout` that fit into `max_length`, as texts."""
+    pairwise = run.loss == "pairwise"
+    rows = (load_pairs if pairwise else load_labels)(run.holdout)
+    convert = functools.partial(_pair_ids if pairwise else _labelled_ids, template)
+    return _fitting(run, rows, convert, "holdout")
+
+
+def _pair_ids(template: Template, row: dict) -> dict:
+    return {f"{name}_ids": conversation_ids(template, row["problem"], row[name]) for name in ("chosen", "rejected")}
+
+
+def _labelled_ids(template: Template, row: dict) -> dict:
+    return {
+        "input_ids": conversation_ids(template, row["problem"], row["completion"]),
+        "labels": [float(row["label"])],
+    }
+
+
+def _tokenized(run: RewardModelRun, rows: Dataset, convert: Callable[[dict], dict]) -> Dataset:
+    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names), dict, "sources")
+
+
+def _fitting(run: RewardModelRun, rows: Dataset, ids_of: Callable[[dict], dict], field: str) -> Dataset:
+    """The rows of which no `ids_of` is longer than `max_length`. Raises `UserError` if there is none."""
     limit = trl_value(run, "max_length")
     if limit is None:
         return rows
-    fitting = kept(rows, lambda row: all(len(ids) <= limit for name, ids in row.items() if name != "labels"))
+    fitting = kept(rows, lambda row: all(len(ids) <= limit for ids in ids_of(row).values()))
     dropped = len(rows) - len(fitting)
     if dropped:
-        logger.warning("dropped %d of %d rows: longer than max_length = %d tokens", dropped, len(rows), limit)
+        logger.warning("%s: dropped %d of %d rows, longer than max_length = %d", field, dropped, len(rows), limit)
     if not len(fitting):
-        raise UserError(f"sources: none of the {len(rows)} rows fits into max_length = {limit} tokens.")
+        raise UserError(f"{field}: none of the {len(rows)} rows fits into max_length = {limit} tokens.")
     return fitting
 
 
-def new_classifier(run: RewardModelRun, pad_token_id: int) -> Any:
-    """`run.model` with a head of one logit, drawn by the run's seed as TRL does for pairs, and with its adapters."""
+def new_classifier(run: RewardModelRun, pad_token_id: int, kwargs: dict[str, Any]) -> Any:
+    """`run.model` with a head of one logit, drawn by the run's seed as TRL does for pairs, and with its adapters.
+
+    `kwargs`: Of `from_pretrained`.
+    """
     set_seed(trl_value(run, "seed"))
     with suppress_seqcls_warning():
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -156,7 +174,7 @@ def new_classifier(run: RewardModelRun, pad_token_id: int) -> Any:
             num_labels=1,
             problem_type="multi_label_classification",  # transformers' name for cross-entropy on each logit
             pad_token_id=pad_token_id,
-            **model_init_kwargs(run.model),
+            **kwargs,
         )
     return model if run.model.lora is None else _adapted(run, model)
 

@@ -69,13 +69,16 @@ class Rewards:
         rewards: As the YAML names them.
         pool: Where `VERIFIERS` run; it must know them.
         dataset: The run's rows. None: they are not checked.
+        dtype: Of reward models: what the trainer computes in.
 
     Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, for rows of which none can be
     scored, for a `model` that is none, and for `code` where no sandbox is installed; `VerifiersBroken` where the
     machine does not let it run.
     """
 
-    def __init__(self, rewards: dict[str, Reward], pool: Pool, dataset: "Dataset | None" = None):
+    def __init__(
+        self, rewards: dict[str, Reward], pool: Pool, dataset: "Dataset | None" = None, dtype: str = "float32"
+    ):
         check_rewards(rewards)
         if dataset is not None:
             check_golds_of(rewards, dataset, pool)
@@ -85,7 +88,7 @@ class Rewards:
         self.pool = pool
         self._pending: dict[tuple[tuple, str], Future] = {}
         self.scorers = {
-            name: _for_kinds(_scorer(name, reward, pool), reward.kinds) for name, reward in rewards.items()
+            name: _for_kinds(_scorer(name, reward, pool, dtype), reward.kinds) for name, reward in rewards.items()
         }
 
     def begin(self, rollout_id: tuple, step: int, text: str, row: dict) -> None:
@@ -147,13 +150,13 @@ class Rewards:
         return {"accuracy" if name in GRADED else name for name in due} & VERIFIERS.keys()
 
 
-def _scorer(name: str, reward: Reward, pool: Pool) -> Scorer:
+def _scorer(name: str, reward: Reward, pool: Pool, dtype: str) -> Scorer:
     if name in VERIFIERS:
         return functools.partial(_verified, name, pool, **parameters(name, reward))
     if name not in ONE_BY_ONE:
         from .model import ModelReward  # torch and transformers are nothing for a pool's workers to import
 
-        return ModelReward(name, reward.model)
+        return ModelReward(name, reward.model, dtype)
     score_one = functools.partial(ONE_BY_ONE[name], **parameters(name, reward))
 
     def scores(texts: list[str], rows: list[dict]) -> list[float | None]:

@@ -5,6 +5,7 @@ the reasoning is left in peace; safety on the whole response, reasoning included
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from ..data.templates import Template
 from ..errors import UserError
 from .math.accuracy import final_answer
 
-BATCH = 64
+SCORED_TOKENS = 16384
+"""Most tokens of a forward, padding included. A longer reply is alone in its own."""
 
 
 def judged_part(name: str, completion: str) -> str:
@@ -34,22 +36,37 @@ def check_folder(folder: str, field: str) -> None:
         raise UserError(f"{field}: {folder} holds no reward model; launch/reward_model.py makes one.")
 
 
+def batches(lengths: list[int]) -> Iterator[list[int]]:
+    """The places of rows of these lengths in batches of at most `SCORED_TOKENS`, of like length together."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[place] > SCORED_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
 class ModelReward:
     """Scores by the reward model in `folder`.
 
     `helpfulness`: the model's logit, any real number; only differences mean something (Bradley-Terry).
     `safety`: the probability that the response is safe, in (0, 1).
 
+    Its weights are in `dtype`, the head, whose differences decide, in float32.
+
     Raises `UserError` if the folder holds no such model.
     """
 
-    def __init__(self, name: str, folder: str):
+    def __init__(self, name: str, folder: str, dtype: str = "float32"):
         check_folder(folder, f"rewards.{name}.model")
         self.name = name
         self.tokenizer = AutoTokenizer.from_pretrained(path_with("tokenizer_config.json", folder))
         self.template = Template(self.tokenizer, "chat", folder)
         pad = self.tokenizer.pad_token_id  # adapters leave it to be set, with the number of labels
-        self.model = load_model(folder, "SEQ_CLS", num_labels=1, pad_token_id=pad, dtype=torch.float32).eval()
+        self.model = load_model(folder, "SEQ_CLS", num_labels=1, pad_token_id=pad, dtype=getattr(torch, dtype)).eval()
+        self.model.score.float().register_forward_pre_hook(lambda head, inputs: (inputs[0].float(),))
         if torch.cuda.is_available():
             self.model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
@@ -59,11 +76,8 @@ class ModelReward:
             conversation_ids(self.template, row["problem"], judged_part(self.name, text))
             for text, row in zip(texts, rows, strict=True)
         ]
-        # Of like length together: less padding.
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         scores = [0.0] * len(ids)
-        for begin in range(0, len(order), BATCH):
-            places = order[begin : begin + BATCH]
+        for places in batches([len(each) for each in ids]):
             batch = self.tokenizer.pad(
                 {"input_ids": [ids[i] for i in places]}, padding_side="right", return_tensors="pt"
             )

@@ -51,8 +51,8 @@ def _train(run: GRPORun, pool: Pool) -> None:
     dataset = prompt_dataset(run.data, template, context, trl_value(run, "max_completion_length"))
     arguments = grpo_arguments(run)
     check_rows(run, len(dataset))
-    rewards = Rewards(run.rewards, pool, dataset)
     dtype = computing_dtype(arguments, run.model.dtype)
+    rewards = Rewards(run.rewards, pool, dataset, dtype)
     servers = training_servers(run, dtype, template, dataset["prompt_ids"], arguments.process_index)
     with run_folder(run, "grpo") as checkpoint, servers:
         trainer = build_trainer(run, arguments, template, dataset, rewards)
@@ -69,7 +69,8 @@ def _train(run: GRPORun, pool: Pool) -> None:
 
 def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
-    return trl_arguments(trl.GRPOConfig, **hardware_defaults(run.trl), model_init_kwargs=model_init_kwargs(run.model))
+    values = hardware_defaults(run.trl, run.model.dtype)
+    return trl_arguments(trl.GRPOConfig, **values, model_init_kwargs=model_init_kwargs(run.model, values))
 
 
 def build_trainer(

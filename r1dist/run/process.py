@@ -1,6 +1,5 @@
 """What a process of this project sets up before anything else."""
 
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -19,8 +18,7 @@ def set_up_process(use_cpu: bool = False) -> None:
     Raises `UserError` where there is a GPU that torch cannot use, unless `use_cpu`.
     """
     require_usable_gpu(use_cpu)
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    set_up_logging(level)
+    set_up_logging()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -37,10 +35,16 @@ def _restore_to_cpu(storage: torch.UntypedStorage, location: str) -> torch.Untyp
     return storage if location.startswith("cpu:") else None
 
 
-def choose_default(with_gpu: Path, without_gpu: Path) -> Path:
-    """The recipe of a launch without `--config`; prints which one and why, once, before anything else."""
+def choose_default(by_memory: dict[float, Path], without_gpu: Path) -> Path:
+    """The recipe of a launch without `--config`; prints which one and why, once, before anything else.
+
+    Args:
+        by_memory: Least GiB of the first GPU -> the recipe for it. A smaller GPU gets the one for the least.
+    """
     if torch.cuda.is_available():
-        chosen, why = with_gpu, f"found {torch.cuda.get_device_name(0)}"
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        chosen = by_memory[max((least for least in by_memory if least <= gib), default=min(by_memory))]
+        why = f"found {torch.cuda.get_device_name(0)} with {gib:.1f} GiB"
     else:
         chosen, why = without_gpu, "found no GPU"
     if os.environ.get("RANK", "0") == "0":

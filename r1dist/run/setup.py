@@ -1,5 +1,6 @@
 """What every trainer of this project decides about TRL's arguments."""
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,14 +20,23 @@ from ..errors import RunStopped, UserError
 from ..files import ENDED, RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from .resume import check_same, data_digests, newest_checkpoint
 
+logger = logging.getLogger(__name__)
+
 NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers that cannot be looked at without it
 
 
-def hardware_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Defaults: the CPU without a GPU, and bfloat16 only where a GPU has it."""
-    gpu = torch.cuda.is_available()
-    bf16 = gpu and torch.cuda.is_bf16_supported()
-    return {"use_cpu": not gpu, "bf16": bf16, "dataloader_pin_memory": gpu, **values}
+def hardware_defaults(values: dict[str, Any], weights: str = "float32") -> dict[str, Any]:
+    """TRL's fields `values`; where they are silent, the CPU without a GPU, and the 16 bits that the GPU computes in.
+
+    Emulated bfloat16 is slow, and vLLM refuses it. `fp16` scales the loss, which needs `weights` in float32.
+    """
+    gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = native and not values.get("fp16")
+    fp16 = gpu and not native and not values.get("bf16") and weights == "float32"
+    if fp16 and "fp16" not in values:
+        logger.warning("computing in float16 (`fp16`): this GPU has no bfloat16 (compute capability below 8)")
+    return {"use_cpu": not gpu, "bf16": bf16, "fp16": fp16, "dataloader_pin_memory": gpu, **values}
 
 
 def computing_dtype(arguments: TrainingArguments, weights: str) -> str:
@@ -43,6 +53,8 @@ def trl_arguments(config_class: type, **values: Any) -> Any:
         arguments = config_class(**values)
     except ValueError as error:
         raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+    # One process that sees several GPUs would train on all of them, by `nn.DataParallel`, which TRL refuses.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     for field, build in {"report_to": _reports, "optim": _optimizer, "lr_scheduler_kwargs": _schedule}.items():
         try:
             build(arguments)

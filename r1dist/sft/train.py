@@ -1,5 +1,8 @@
 """SFT on completions: TRL's trainer, packed, with over-long rows dropped before packing could cut them."""
 
+import logging
+
+import torch
 import trl
 from datasets import Dataset
 
@@ -8,11 +11,13 @@ from ..config import SFTRun
 from ..config.trl_fields import trl_value
 from ..data.prompts import completion_dataset
 from ..data.templates import load_template
-from ..models import check_lora, model_init_kwargs, weights_path
+from ..models import INSTALL_VARLEN, check_lora, model_init_kwargs, weights_path
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
 from ..run.progress import show_progress
 from ..run.setup import check_rows, hardware_defaults, run_folder, trl_arguments
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = {"loss": "loss", "token accuracy": "mean_token_accuracy"}
 # Packing joins rows to blocks of max_length; the loss falls on completions only.
@@ -32,11 +37,14 @@ def train(run: SFTRun) -> None:
     check_lora(run.model)
     dataset = completion_dataset(run.data, template, trl_value(run, "max_length"))
     weights = weights_path(run.model)
-    arguments = trl_arguments(
-        trl.SFTConfig,
-        **{**DEFAULTS, **hardware_defaults(run.trl)},
-        model_init_kwargs=model_init_kwargs(run.model),
-    )
+    values = {**DEFAULTS, **hardware_defaults(run.trl, run.model.dtype)}
+    kwargs = model_init_kwargs(run.model, values)
+    arguments = trl_arguments(trl.SFTConfig, **values, model_init_kwargs=kwargs)
+    if arguments.packing and torch.cuda.is_available() and "flash" not in kwargs["attn_implementation"]:
+        logger.warning(
+            "packing with %s: attention has a mask with the square of a block's tokens, and is two to three times "
+            "slower than flash attention. %s adds that.", kwargs["attn_implementation"], INSTALL_VARLEN,
+        )  # fmt: skip
     counts = arguments.packing and arguments.dataloader_drop_last
     check_rows(run, len(dataset), packed_blocks(dataset["length"], arguments) if counts else None)
     with run_folder(run, "sft") as checkpoint:

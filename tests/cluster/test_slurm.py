@@ -149,7 +149,7 @@ def test_an_array_shares_out_the_prompts_and_loses_nobody_s_work(slurm, tmp_path
     source = {"path": "tiny", "limit": 96}
     generators = [{"name": "direct", "model": {"path": "tiny"}, "data": {"sources": [source]}, **asked}]
     tree = {"output_dir": str(tmp_path / "out"), "generators": generators, "filters": {"language": None}, "shard": 8}
-    config = write_yaml(tmp_path / "sample.yaml", {**tree, "rollout": {"batch_size": 32}})
+    config = write_yaml(tmp_path / "sample.yaml", {**tree, "rollout": {"engine": "transformers", "batch_size": 32}})
     logs = str(tmp_path / "job-%a.log")
     array = submit(slurm, "sample", logs, "--config", config, options=("--array=0-3",))
     journals = tmp_path / "out" / "samples"

@@ -164,7 +164,7 @@ def small(tmp_path) -> dict:
         "output_dir": str(tmp_path / "out"),
         "generators": generators,
         "filters": filters,
-        "rollout": {"batch_size": 32},
+        "rollout": {"engine": "transformers", "batch_size": 32},
     }
 
 

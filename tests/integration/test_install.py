@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL_GRPO, metrics, write_yaml
 
-from r1dist.cluster.plan import KNOWN_SHAPES
+from r1dist.cluster.shapes import KNOWN_SHAPES
 
 LAUNCHERS = {
     "r1_zero": "grpo", "reasoning_rl": "grpo", "final_rl": "grpo", "small_r1_zero": "grpo", "sft": "sft",

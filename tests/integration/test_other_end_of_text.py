@@ -100,6 +100,7 @@ def test_samples_and_chats_stop_there(trained, launched, tmp_path):
         "sampling": {"samples": 2, "max_tokens": 112},
     }  # fmt: skip
     tree = {"output_dir": str(tmp_path / "rows"), "generators": [generator], "filters": {"correct": False}}
+    tree["rollout"] = {"engine": "transformers"}
     launched("sample.py", "--config", write_yaml(tmp_path / "sample.yaml", tree))
     rows = list(read_lines(tmp_path / "rows/rows.jsonl"))
     assert rows and all(row["messages"][-1]["content"].startswith(OPENS) for row in rows)

@@ -44,7 +44,8 @@ def small_recipe(folder: Path) -> dict:
         "data": {"sources": [{"path": "tiny", "split": "test", "limit": 40}]},
         "sampling": {"samples": 2, "max_tokens": 48},
     }
-    sampling = {"generators": [generator], "filters": {"language": None}, "rollout": {"batch_size": 64}}
+    rollout = {"engine": "transformers", "batch_size": 64}
+    sampling = {"generators": [generator], "filters": {"language": None}, "rollout": rollout}
     write_yaml(folder / "samples.yaml", {**sampling, "output_dir": "unused"})
     write_yaml(folder / "sft.yaml", {**SMALL_SFT, "output_dir": "unused"})
     few = {"per_device_train_batch_size": 16, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}

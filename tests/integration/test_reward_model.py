@@ -81,7 +81,7 @@ def test_a_classifiers_head_is_the_seeds_whatever_was_drawn_before(tokenizer):
     for seed, drawn in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(drawn)  # a process of its own begins anywhere
         run = build(RewardModelRun, {**SMALL, **LABELS, "seed": seed, "output_dir": "unused"}, "test")
-        heads.append(new_classifier(run, tokenizer.pad_token_id).score.weight)
+        heads.append(new_classifier(run, tokenizer.pad_token_id, {}).score.weight)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 

@@ -73,7 +73,7 @@ def asking(endpoints: Endpoints, model, tmp_path):
     token = tmp_path / "token"
     token.write_text(endpoints.token)
     rollout = Rollout(engine="vllm", servers=urls, transport="shm", token_file=str(token))
-    policy = Policy(score, probe=PROMPT, probe_tokens=16, stop_ids=[END], rank=0, broadcast=lambda v: v)
+    policy = Policy(score, probe=PROMPT, probe_tokens=16, stop_ids=[END], rank=0, ranks=1, broadcast=lambda v: v)
     transport = FileTransport(WeightSource(model, torch.float32), tmp_path, writes=True)
     engine = ServerEngine(rollout, ServerRegistry(rollout, None), transport, policy)
     try:

@@ -9,18 +9,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from placed import CARD, RECIPES, parsed, placed
 from transformers import AutoModelForCausalLM
 
+from r1dist.config import Rollout, ServeRun
+from r1dist.errors import UserError
+from r1dist.generation.vllm import devices
 from r1dist.generation.vllm.client import Client
+from r1dist.generation.vllm.command import command
+from r1dist.generation.vllm.devices import place_servers
 from r1dist.generation.vllm.plugin import guard
+from r1dist.generation.vllm.start import plan_servers
 from r1dist.generation.weight_sync.source import WeightSource
 from r1dist.generation.weight_sync.transports import GPUTransport
 from r1dist.tiny import BASE_DIR
 
 vllm = pytest.importorskip("vllm")
 
+from vllm.config import CacheConfig  # noqa: E402
 from vllm.distributed.weight_transfer import base, factory, ipc_engine, nccl_engine  # noqa: E402
+from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # noqa: E402
 from vllm.plugins import load_general_plugins  # noqa: E402
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+from vllm.utils.mem_utils import MemorySnapshot  # noqa: E402
+from vllm.v1.worker.utils import request_memory  # noqa: E402
 
 from r1dist.generation.weight_sync import gpu  # noqa: E402
 
@@ -127,3 +140,55 @@ def test_the_engines_are_the_ones_that_were_read():
     assert {"packed", "rank"} <= fields.keys()
     fields = nccl_engine.NCCLTrainerInitInfo.__dataclass_fields__
     assert {"master_address", "master_port", "world_size", "packed", "rank"} <= fields.keys()
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 0), (1, 1), (1, 2), (1, 8), (4, 8)])
+def test_vllm_understands_the_commands_of_every_recipe_and_placement(monkeypatch, nodes, gpus):
+    """vLLM's own parser and arguments, for the servers of each recipe as `launch/job.py` places it and without."""
+    parser = make_arg_parser(FlexibleArgumentParser())
+    made = set()
+    for kind, arguments in RECIPES:
+        try:
+            job = placed(monkeypatch, kind, arguments, nodes, gpus)
+        except UserError:  # it does not fit there
+            continue
+        for run, further in parsed(job):
+            if isinstance(run, ServeRun):
+                run.arguments += further
+                transport = place_servers(run, run.transport, None, [CARD] * gpus, 0, "")[0] if gpus else "shm"
+                serve = run
+            elif getattr(run, "rollout", None) and (run.rollout.engine, run.rollout.servers) == ("vllm", "managed"):
+                trainers = job.placement.processes
+                serve, transport = plan_servers(run.rollout, "bfloat16", 900, [CARD] * gpus, trainers)
+            else:
+                continue
+            words = command(serve, str(BASE_DIR), transport, 1234)
+            asked = parser.parse_args(words[words.index("vllm.entrypoints.openai.api_server") + 1 :])
+            validate_parsed_serve_args(asked)
+            engine = AsyncEngineArgs.from_cli_args(asked)
+            assert (engine.model, engine.dtype, engine.max_model_len) == (
+                str(BASE_DIR),
+                serve.dtype,
+                serve.max_model_len,
+            )
+            assert engine.weight_transfer_config.backend == transport
+            assert engine.tensor_parallel_size == serve.tensor_parallel
+            assert engine.enable_sleep_mode == serve.sleep and engine.logprobs_mode == "processed_logprobs"
+            assert engine.gpu_memory_utilization == (serve.gpu_memory_utilization or devices.VLLM_DEFAULT)
+            made.add((transport, serve.sleep))
+    expected = {0: {("shm", False)}, 1: {("ipc", True)}, 2: {("nccl", False)}, 8: {("nccl", False)}}
+    assert expected[gpus] <= made
+
+
+@pytest.mark.parametrize("trainers", [0, 1])
+@pytest.mark.parametrize("settings", [{}, {"cache_gib": 2}])
+@pytest.mark.parametrize("taken", [0.5, 3, 17])
+def test_vllm_starts_with_the_memory_that_is_free(trainers, settings, taken):
+    """`taken`: GiB that others have of a card of 24; what the server's own context takes comes on top."""
+    card = devices.GPU(int((24 - taken) * 2**30), 24 * 2**30)
+    serve, _ = plan_servers(Rollout(serve=settings), "bfloat16", 900, [card], trainers)
+    share = serve.gpu_memory_utilization
+    config = CacheConfig() if share is None else CacheConfig(gpu_memory_utilization=share)
+    seen = MemorySnapshot(free_memory=card.free - 2**29, total_memory=card.total, device="cpu", auto_measure=False)
+    assert request_memory(seen, config) > 0.2 * 2**30
+    assert CacheConfig().gpu_memory_utilization == devices.VLLM_DEFAULT

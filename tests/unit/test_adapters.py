@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from r1dist.adapters import load_model, merged_path
-from r1dist.cluster.plan import Sharding, training_memory
+from r1dist.cluster.memory import Sharding, training_memory
 from r1dist.config import ChatRun, EvaluateRun, GRPORun, Lora, Model, RewardModelRun, SampleRun, ServeRun, SFTRun
 from r1dist.config.loader import build
 from r1dist.errors import UserError

@@ -2,14 +2,21 @@
 
 import pytest
 from conftest import ROOT, SMALL_GRPO, write_yaml
+from placed import CARD, RECIPES, parsed, placed
 
 from r1dist.cluster.allocation import Cluster
 from r1dist.cluster.job_launcher import JobLauncher, PipelineJob
+from r1dist.config import GRPORun, ServeRun, engines
 from r1dist.config.loader import parse
 from r1dist.config.pipeline import PipelineRun
+from r1dist.config.tree import differences
 from r1dist.errors import UserError
+from r1dist.generation.vllm.devices import place_servers
+from r1dist.generation.vllm.start import plan_servers
 from r1dist.pipeline.graph import Graph
-from r1dist.pipeline.submit import submissions
+from r1dist.pipeline.manifest import settings_of
+from r1dist.pipeline.runner import Runner
+from r1dist.pipeline.submit import submissions, submit
 
 EVALUATE = {"model": {"path": "tiny"}, "data": {"sources": [{"path": "tiny", "split": "test"}]}}
 
@@ -72,4 +79,51 @@ def test_a_pipeline_without_servers_takes_no_servers_of_its_stages(tmp_path):
     grpo = {"per_device_train_batch_size": 4, "rollout": rollout}
     plan = graph(tmp_path, grpo, "--engine", "transformers")
     assert plan.steps["rl"].config["rollout"]["servers"] == "managed"
-    assert graph(tmp_path, grpo).steps["rl"].config["rollout"]["servers"] == "a.json"
+    with_servers = graph(tmp_path, grpo)
+    assert with_servers.steps["rl"].config["rollout"]["servers"] == "a.json"
+    # Who generates may change: what is done is not done again where vLLM is installed later.
+    settings = [settings_of(of.steps["rl"], {}) for of in (plan, with_servers)]
+    assert differences(*settings) == ["rollout.servers"]
+
+
+def test_missing_vllm_is_told_before_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    rollout = {"per_device_train_batch_size": 4, "rollout": {"engine": "vllm"}}
+    told = r"^rl: `rollout.engine` is `vllm`, but vLLM is not installed .*\nInstall it: .*--engine transformers"
+    for refused in (lambda plan: Runner(plan).run(), lambda plan: submit(plan, [], ROOT)):
+        with pytest.raises(UserError, match=told):
+            refused(graph(tmp_path, rollout))
+    assert not (tmp_path / "runs").exists()
+    assert "It would be refused: rl: " in Runner(graph(tmp_path, rollout)).plan()
+    for words in (["--engine", "transformers"], ["--until", "base"]):
+        assert "refused" not in Runner(graph(tmp_path, rollout, *words)).plan()
+    # left open, or answered by servers that are there already
+    for other in ({"engine": "auto"}, {"engine": "vllm", "servers": "a.json"}):
+        assert "refused" not in Runner(graph(tmp_path, {**rollout, "rollout": other})).plan()
+
+
+@pytest.mark.parametrize("words", [[], ["--rollout.max_staleness", "1"], ["--rollout.sleep"]], ids=str)
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 0), (1, 1), (1, 2), (1, 8), (2, 1), (4, 8)])
+def test_what_a_job_starts_is_accepted_by_what_it_starts(monkeypatch, nodes, gpus, words):
+    """Each recipe, on each cluster, as far as its models fit there: launchers parse their commands, and the run's
+    servers find the GPUs that were meant for them."""
+    planned = 0
+    for kind, arguments in RECIPES:
+        more = ["--rollout.engine", "vllm", *words] if kind == "grpo" and words else []
+        try:
+            job = placed(monkeypatch, kind, [*arguments, *more], nodes, gpus)
+        except UserError as refused:
+            assert len(str(refused).splitlines()) <= 2, refused
+            continue
+        planned += 1
+        placement = job.placement
+        for run, _ in parsed(job):
+            if isinstance(run, ServeRun) and gpus:
+                place_servers(run, run.transport, None, [CARD] * gpus, 0, "")
+            elif isinstance(run, GRPORun) and run.rollout.engine == "vllm" and run.rollout.servers == "managed":
+                serve, transport = plan_servers(run.rollout, "bfloat16", 900, [CARD] * gpus, placement.processes)
+                assert (transport, serve.replicas) == (placement.transport, placement.replicas)
+                assert placement.devices in (None, serve.devices)
+                assert not (serve.sleep and run.rollout.max_staleness)
+    assert planned >= 8

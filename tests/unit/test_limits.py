@@ -215,6 +215,7 @@ SERVER = {"use_vllm": True, "vllm_server_host": "gpu1", "vllm_server_port": 8123
     ],
 )
 def test_a_server_that_is_named_is_asked(small_grpo, fields, servers):
+    del small_grpo["rollout"]
     run = build(GRPORun, {**small_grpo, **fields}, "run.yaml")
     assert (run.rollout.engine, run.rollout.servers) == ("vllm", servers)
 
@@ -234,10 +235,11 @@ def test_a_server_that_is_named_is_asked(small_grpo, fields, servers):
         ({"vllm_mode": "server"}, "`vllm_mode` is about a server"),
         ({**SERVER, "vllm_server_base_url": "http://x:1"}, "both name the server"),
         ({**SERVER, "rollout": {"servers": "a.json"}}, "say the same thing"),
-        ({"rollout": {"servers": "a.json"}}, "no server is asked"),
+        ({"rollout": {"engine": "transformers", "servers": "a.json"}}, "no server is asked"),
     ],
 )
 def test_a_server_that_would_not_be_asked_is_refused(small_grpo, fields, message):
+    del small_grpo["rollout"]
     with pytest.raises(UserError) as error:
         build(GRPORun, {**small_grpo, **fields}, "run.yaml")
     assert message in str(error.value) and len(str(error.value).splitlines()) <= 2

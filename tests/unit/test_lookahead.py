@@ -189,7 +189,7 @@ def test_the_first_epoch_is_in_trls_order():
 
 def test_what_cannot_be_ahead_is_refused(small_grpo):
     with pytest.raises(UserError, match=r"max_staleness.*\n.*rollout.engine: vllm"):
-        build(GRPORun, {**small_grpo, "rollout": {"max_staleness": 1}}, "test")
+        build(GRPORun, {**small_grpo, "rollout": {"engine": "transformers", "max_staleness": 1}}, "test")
     with pytest.raises(UserError, match="sleep"):
         build(GRPORun, {**small_grpo, "rollout": {"engine": "vllm", "max_staleness": 1, "sleep": True}}, "test")
     assert build(

@@ -94,6 +94,7 @@ def test_the_first_gpus_train_and_the_last_serve():
         (Machines(2, 0), SFT, {"zero_stage": 1}, "on CPUs it is 2 or 3; the nearest is 2."),
         (Machines(1, 8, 80), Load(True, True, shares=True, heads=28), {}, "Use 7 GPUs"),
         (Machines(2, 8, 80), Load(True, True, shares=True), {}, "whole nodes serve and none is shared"),
+        (Machines(1, 0), Load(True, True, shares=True), {}, "there is no GPU; leave them out"),
         (Machines(1, 8, 80), Load(True, True, heads=28, tensor_parallel=3), {}, "the nearest is 2."),
         (Machines(2, 8, 80), Load(True, True, heads=28, tensor_parallel=8), {}, "and 28 heads; the nearest is 4."),
         (Machines(1, 1, 24), Load(True, True, served=20 * GIB), {}, "weights take 20.0 GiB, too much"),
@@ -111,3 +112,6 @@ def test_the_table_gives_each_decision_with_its_reason():
     assert table.splitlines()[0] == "Placement on 2 nodes with 8 GPUs of 80 GiB:"
     assert "1 node, 8 processes each" in table and "whole nodes, the first ones" in table
     assert "512 rows" in table and "nccl" in table
+    for sleeps, how in ((True, "they take turns (rollout.sleep)"), (False, "both keep their memory")):
+        load = Load(True, True, served=GIB, sleeps=sleeps)
+        assert how in place(Machines(1, 1, 24), load, PlacementConfig()).table()

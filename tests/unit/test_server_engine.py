@@ -44,7 +44,7 @@ def engine_of(tmp_path):
     def build(servers, score=lambda tokens: [LOGPROB] * (len(tokens) - 1), **settings) -> ServerEngine:
         urls = ",".join(server.url for server in servers)
         rollout = Rollout(engine="vllm", servers=urls, transport="shm", **{"no_server_timeout": 3, **settings})
-        policy = Policy(score, probe=[3, 4], probe_tokens=4, stop_ids=[0], rank=0, broadcast=lambda value: value)
+        policy = Policy(score, probe=[3, 4], probe_tokens=4, stop_ids=[0], rank=0, ranks=1, broadcast=lambda v: v)
         transport = FileTransport(WeightSource(nn.Linear(2, 2), torch.float32), tmp_path, writes=True)
         engines.append(ServerEngine(rollout, ServerRegistry(rollout, None), transport, policy))
         return engines[-1]

@@ -102,7 +102,11 @@ def environment(serve: Serve, replica: int, transport: str, token: str, inherite
     if transport == "ipc":  # its handles travel as pickles; the token is what makes that bearable
         kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if serve.devices is not None:
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(_share(serve.devices.split(","), replica, serve.replicas))
+        each = serve.tensor_parallel * serve.data_parallel
+        mine = serve.devices.split(",")[replica * each : (replica + 1) * each]
+        # `devices` counts what we see; the server reads the variable anew, which has indices or UUIDs of its own.
+        visible = [name for name in inherited.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        kept["CUDA_VISIBLE_DEVICES"] = ",".join(visible[int(number)].strip() if visible else number for number in mine)
     elif serve.cores is not None:
         mine = _share(_cores(serve), replica, serve.replicas)
         each = len(mine) // serve.tensor_parallel

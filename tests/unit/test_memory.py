@@ -1,0 +1,159 @@
+"""The estimate of memory, held against a count of every tensor of real steps."""
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import trl.kernels.chunked_logprob as tiles
+import trl.trainer.utils
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from r1dist.cluster import memory
+from r1dist.cluster.memory import Step, parameter_count, step_memory
+from r1dist.rl.batch import RolloutBatch, collate
+from r1dist.rl.logprobs import forward
+from r1dist.rl.loss import LossConfig, grpo_loss
+
+VOCABULARY, HIDDEN = 16384, 192
+TILE_TOKENS, TILE_WORDS = 512, 2048
+"""As small beside this model as TRL's own tiles are beside a real one."""
+ROWS, COLUMNS = 64, 64
+"""What a stand-in for a Triton kernel works on at once: it makes copies, which the kernel does not."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make inside the context, as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        # Autograd adds up the two gradients of a tied embedding in place, but not under a mode.
+        if func is torch.ops.aten.add.Tensor and made.shape == (VOCABULARY, HIDDEN):
+            return made
+        given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), given)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if id(storage) in given or self._seen.get(id(storage)) is storage:
+            return
+        self._seen[id(storage)] = storage
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """TRL's fused head as it is on a GPU, where Triton folds tiles of logits in place: here a few rows at a time."""
+
+    def by_rows(fold: Callable) -> Callable:
+        def folded(tile, stride, *columns, **flags):
+            tensors, rest = columns[:-2], columns[-2:]
+            for begin in range(0, len(tile), ROWS):
+                part = slice(begin, begin + ROWS)
+                fold(tile[part], stride, *(t[part] for t in tensors), *rest, **flags)
+
+        return folded
+
+    def add_product(total, a, b):
+        for begin in range(0, len(a), ROWS):
+            part = slice(begin, begin + ROWS)
+            for first in range(0, b.shape[1], COLUMNS):
+                columns = slice(first, first + COLUMNS)
+                total[part, columns].addmm_(a[part].float(), b[:, columns].float())
+
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: True)
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", TILE_WORDS)
+    monkeypatch.setattr(tiles, "TOKEN_CHUNK_SIZE", TILE_TOKENS)
+    monkeypatch.setattr(memory, "TILE_WORDS", TILE_WORDS)
+    monkeypatch.setattr(memory, "TILE_TOKENS", TILE_TOKENS)
+    monkeypatch.setattr(tiles, "_forward_tile", by_rows(tiles._forward_tile))
+    monkeypatch.setattr(tiles, "_backward_tile", by_rows(tiles._backward_tile))
+    monkeypatch.setattr(tiles, "_addmm_fp32", add_product)
+
+
+def shape(tied: bool = True) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=960, num_hidden_layers=5, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0, max_position_embeddings=4096,
+    )  # fmt: skip
+
+
+def rollouts(rows: int, length: int) -> RolloutBatch:
+    """All but one as long as they may be."""
+    torch.manual_seed(0)
+    lengths = [length - 16] * (rows - 1) + [length - 32]
+    completions = [torch.randint(1, VOCABULARY, (n,)) for n in lengths]
+    return RolloutBatch(
+        rollout_ids=[(0, 0, i) for i in range(rows)],
+        prompt_ids=[torch.randint(1, VOCABULARY, (16,)) for _ in range(rows)],
+        completion_ids=completions,
+        sampler_logprobs=[torch.full((n,), -9.0) for n in lengths],
+        counts=[True] * rows,
+        advantages=torch.linspace(-1, 1, rows),
+        policy_versions=[0] * rows,
+        rewards={},
+        prompts=[""] * rows,
+        texts=[""] * rows,
+        reference_logprobs=[torch.full((n,), -9.0) for n in lengths],
+    )
+
+
+def backward(model: PreTrainedModel, batch: RolloutBatch, mixed: bool) -> None:
+    """As `GRPOTrainer` makes it."""
+    micro_batch = collate(batch, 0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        logprobs = forward(model, micro_batch, packed=False).logprobs
+    loss, _ = grpo_loss(
+        logprobs, None, micro_batch.reference_logprobs, micro_batch.sampler_logprobs, micro_batch.advantages,
+        micro_batch.mask, LossConfig(beta=0.001), len(batch),
+    )  # fmt: skip
+    loss.backward()
+
+
+DTYPES = {"float32": (4, 4), "autocast": (4, 2), "bfloat16": (2, 2)}
+"""Bytes of weights and of the computation."""
+
+
+def counted(config: Qwen2Config, dtype: str, checkpointed: bool, rows: int, length: int, lora: bool = False) -> int:
+    """The most bytes that a micro-batch has beside weights and gradients."""
+    held, compute = DTYPES[dtype]
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").train()
+    model = model.bfloat16() if held == 2 else model
+    trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4))
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    for parameter in model.parameters():  # of earlier micro-batches
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with LiveBytes() as bytes_:
+        backward(model, rollouts(rows, length), held != compute or lora)
+    return bytes_.peak
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize(("rows", "length", "tied"), [(4, 128, True), (2, 384, False)])
+def test_a_steps_memory_is_estimated_within_15_percent(as_on_a_gpu, dtype, checkpointed, rows, length, tied):
+    held, compute = DTYPES[dtype]
+    config = shape(tied)
+    step = Step(rows * length, rows * length**2, held, compute, checkpointed)
+    estimate = step_memory(config, parameter_count(config), step)
+    assert estimate == pytest.approx(counted(config, dtype, checkpointed, rows, length), rel=0.15)
