@@ -1,5 +1,6 @@
 """The engine of a training run: the trained module itself, or vLLM servers that exist or are started."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,10 +12,11 @@ from accelerate.utils import broadcast_object_list
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import selective_log_softmax
 
-from ..config import GRPORun
+from ..config import GRPORun, Serve
 from ..config import Rollout as RolloutSettings
 from ..config.trl_fields import trl_value
 from ..data.templates import Template
+from ..errors import UserError
 from ..files import SERVERS
 from ..models import weights_path
 from .engine import Engine
@@ -65,7 +67,9 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         broadcast=lambda value: broadcast_object_list([value])[0],
     )
     source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
-    return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy, _trainers())
+    folder = _servers_folder(trainer.args.output_dir)
+    rollout, trainers = _beside_trainers(rollout, trainer.args.use_cpu)
+    return connect(rollout, folder, source, policy, trainers)
 
 
 def training_servers(
@@ -81,25 +85,47 @@ def training_servers(
     """
     if rank != 0 or run.rollout.engine != "vllm":
         return nullcontext()
+    rollout, trainers = _beside_trainers(run.rollout, run.trl.get("use_cpu", False))
+    managed = rollout.servers == "managed"
+    if managed and int(os.environ.get("WORLD_SIZE", "1")) > _processes() and rollout.serve.host == Serve().host:
+        raise UserError(
+            f"rollout.servers: the run's own listen at {Serve().host}, for one machine, and its processes are on "
+            "several.\nUse launch/job.py, or start servers by launch/serve.py and name them here."
+        )
     completion = trl_value(run, "max_completion_length")
     demand = Demand(run.model, template.tokenizer, max(prompts, key=len), completion, trains=True)
-    check_servers(run.rollout, demand, dtype, _trainers())
-    return _managed(run, dtype, demand.tokens, _trainers()) if run.rollout.servers == "managed" else nullcontext()
+    check_servers(rollout, demand, dtype, trainers)
+    return _managed(run, rollout, dtype, demand.tokens, trainers) if managed else nullcontext()
 
 
 @contextmanager
-def _managed(run: GRPORun, dtype: str, tokens: int, trainers: int) -> Iterator[None]:
+def _managed(run: GRPORun, rollout: RolloutSettings, dtype: str, tokens: int, trainers: int) -> Iterator[None]:
     folder = _servers_folder(run.trl["output_dir"])
-    servers = start_managed(run.rollout, weights_path(run.model), dtype, tokens, folder, trainers)
+    servers = start_managed(rollout, weights_path(run.model), dtype, tokens, folder, trainers)
     try:
         yield
     finally:
         servers.stop()
 
 
-def _trainers() -> int:
+def _processes() -> int:
     """Training processes of this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _beside_trainers(rollout: RolloutSettings, use_cpu: bool) -> tuple[RolloutSettings, int]:
+    """The settings for servers beside this machine's trainers, and the number of its GPUs that train.
+
+    Raises `UserError` for a transport between GPUs of which the trainer has none.
+    """
+    if not use_cpu or rollout.servers != "managed":
+        return rollout, 0 if use_cpu else _processes()
+    if rollout.transport in ("ipc", "nccl"):
+        raise UserError(
+            f"rollout.transport: `{rollout.transport}` is between GPUs, and the trainer has none (`use_cpu`).\n"
+            "Use `shm`, or leave one of them out."
+        )
+    return dataclasses.replace(rollout, transport="shm"), 0
 
 
 def _servers_folder(output_dir: str) -> Path:

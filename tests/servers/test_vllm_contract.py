@@ -162,12 +162,12 @@ def test_vllm_understands_the_commands_of_every_recipe_and_placement(monkeypatch
                 serve, transport = plan_servers(run.rollout, "bfloat16", 900, [CARD] * gpus, trainers)
             else:
                 continue
-            words = command(serve, "some/model", transport, 1234)
+            words = command(serve, str(BASE_DIR), transport, 1234)
             asked = parser.parse_args(words[words.index("vllm.entrypoints.openai.api_server") + 1 :])
             validate_parsed_serve_args(asked)
             engine = AsyncEngineArgs.from_cli_args(asked)
             assert (engine.model, engine.dtype, engine.max_model_len) == (
-                "some/model",
+                str(BASE_DIR),
                 serve.dtype,
                 serve.max_model_len,
             )

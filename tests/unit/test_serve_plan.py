@@ -182,9 +182,9 @@ def test_vllm_must_be_built_for_these_devices(monkeypatch, gpus, versions, refus
         ({}, True, "vllm", "by vLLM servers (vLLM is installed)"),
         ({}, False, "transformers", "in this process, by transformers (vLLM is not installed)"),
         ({"servers": "http://a:1"}, False, "vllm", "(`rollout.servers` names them)"),
-        ({"max_staleness": 1}, False, "vllm", "(`rollout.max_staleness` needs them)"),
+        ({"max_staleness": 1}, False, "vllm", "(`rollout.max_staleness` needs them; vLLM is not installed)"),
         ({"engine": "transformers"}, True, "transformers", "(as configured)"),
-        ({"engine": "vllm"}, False, "vllm", "(as configured)"),
+        ({"engine": "vllm"}, False, "vllm", "by vLLM servers (as configured; vLLM is not installed)"),
     ],
 )
 def test_servers_generate_where_they_can(small_grpo, monkeypatch, caplog, rollout, installed, engine, why):
