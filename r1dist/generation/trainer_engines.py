@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import trl
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import selective_log_softmax
@@ -55,6 +56,10 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         trainer.model.train(was_training)
         return selective_log_softmax(logits.float(), torch.tensor(tokens[1:], device=logits.device)).tolist()
 
+    def release_memory() -> None:
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        accelerator.wait_for_everyone()
+
     policy = Policy(
         score=score,
         probe=probe,
@@ -62,6 +67,7 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         stop_ids=trainer.template.stop_ids,
         rank=accelerator.process_index,
         broadcast=lambda value: broadcast_object_list([value])[0],
+        release_memory=release_memory,
     )
     source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
     return connect(rollout, _servers_folder(trainer.args.output_dir), source, policy, accelerator.num_processes)
@@ -70,7 +76,10 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
 def training_servers(
     run: GRPORun, dtype: str, template: Template, prompts: list[list[int]], rank: int
 ) -> AbstractContextManager:
-    """This run's own servers, if it has any, which start while the trainer is built; the first rank starts them.
+    """This run's own servers, if it has any. The first rank starts them; every rank enters the context.
+
+    They come up while the trainer is built. On the trainer's GPU they come up first: vLLM takes a change of the free
+    memory meanwhile for its own.
 
     Raises `UserError` on the first rank, at once, where the servers cannot do what the run will ask of them.
 
@@ -78,13 +87,22 @@ def training_servers(
         dtype: What they compute in.
         prompts: The token ids of each.
     """
-    if rank != 0 or run.rollout.engine != "vllm":
+    if run.rollout.engine != "vllm":
         return nullcontext()
+    managed = run.rollout.servers == "managed"
+    if rank != 0:
+        return _after_the_first_rank() if managed else nullcontext()
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     completion = trl_value(run, "max_completion_length")
     demand = Demand(run.model, template.tokenizer, max(prompts, key=len), completion, trains=True)
     check_servers(run.rollout, demand, dtype, trainers)
-    return _managed(run, dtype, demand.tokens, trainers) if run.rollout.servers == "managed" else nullcontext()
+    return _managed(run, dtype, demand.tokens, trainers) if managed else nullcontext()
+
+
+@contextmanager
+def _after_the_first_rank() -> Iterator[None]:
+    PartialState().wait_for_everyone()
+    yield
 
 
 @contextmanager
@@ -92,6 +110,9 @@ def _managed(run: GRPORun, dtype: str, tokens: int, trainers: int) -> Iterator[N
     folder = _servers_folder(run.trl["output_dir"])
     servers = start_managed(run.rollout, weights_path(run.model), dtype, tokens, folder, trainers)
     try:
+        if servers.transport == "ipc":
+            servers.wait()
+        PartialState().wait_for_everyone()
         yield
     finally:
         servers.stop()

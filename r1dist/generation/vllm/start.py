@@ -179,4 +179,4 @@ def _registry(rollout: Rollout, folder: Path) -> ServerRegistry:
 def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy, world_size: int) -> Transport:
     if name == "shm":
         return FileTransport(source, Path(rollout.weights_folder), writes=policy.rank == 0)
-    return GPUTransport(source, name, policy.rank, world_size, policy.broadcast)
+    return GPUTransport(source, name, policy.rank, world_size, policy.broadcast, rollout.sync_timeout)
