@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import trl
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import selective_log_softmax
@@ -57,6 +58,10 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         trainer.model.train(was_training)
         return selective_log_softmax(logits.float(), torch.tensor(tokens[1:], device=logits.device)).tolist()
 
+    def release_memory() -> None:
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        accelerator.wait_for_everyone()
+
     policy = Policy(
         score=score,
         probe=probe,
@@ -65,6 +70,7 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         broadcast=lambda value: broadcast_object_list([value])[0],
+        release_memory=release_memory,
     )
     source = WeightSource(accelerator.unwrap_model(trainer.model), getattr(torch, dtype))
     folder = _servers_folder(trainer.args.output_dir)
@@ -75,7 +81,10 @@ def server_engine(rollout: RolloutSettings, dtype: str, probe: list[int], traine
 def training_servers(
     run: GRPORun, dtype: str, template: Template, prompts: list[list[int]], rank: int
 ) -> AbstractContextManager:
-    """This run's own servers, if it has any, which start while the trainer is built; the first rank starts them.
+    """This run's own servers, if it has any. The first rank starts them; every rank enters the context.
+
+    They come up while the trainer is built. On the trainer's GPU they come up first: vLLM takes a change of the free
+    memory meanwhile for its own.
 
     Raises `UserError` on the first rank, at once, where the servers cannot do what the run will ask of them.
 
@@ -83,10 +92,12 @@ def training_servers(
         dtype: What they compute in.
         prompts: The token ids of each.
     """
-    if rank != 0 or run.rollout.engine != "vllm":
+    if run.rollout.engine != "vllm":
         return nullcontext()
+    managed = run.rollout.servers == "managed"
+    if rank != 0:
+        return _after_the_first_rank() if managed else nullcontext()
     rollout, trainers = _beside_trainers(run.rollout, run.trl.get("use_cpu", False))
-    managed = rollout.servers == "managed"
     if managed and int(os.environ.get("WORLD_SIZE", "1")) > _processes() and rollout.serve.host == Serve().host:
         raise UserError(
             f"rollout.servers: the run's own listen at {Serve().host}, for one machine, and its processes are on "
@@ -99,10 +110,19 @@ def training_servers(
 
 
 @contextmanager
+def _after_the_first_rank() -> Iterator[None]:
+    PartialState().wait_for_everyone()
+    yield
+
+
+@contextmanager
 def _managed(run: GRPORun, rollout: RolloutSettings, dtype: str, tokens: int, trainers: int) -> Iterator[None]:
     folder = _servers_folder(run.trl["output_dir"])
     servers = start_managed(rollout, weights_path(run.model), dtype, tokens, folder, trainers)
     try:
+        if servers.transport == "ipc":
+            servers.wait()
+        PartialState().wait_for_everyone()
         yield
     finally:
         servers.stop()

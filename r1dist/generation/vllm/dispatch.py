@@ -75,6 +75,8 @@ class ServerState:
     last_doubted: float = -math.inf
     last_error: str = "never came up"
     tasks: set[asyncio.Task] = field(default_factory=set)
+    awake: set[str] = field(default_factory=set)
+    """What it is known to hold in its memory, of `weights` and `kv_cache`; it may have been left asleep."""
 
     def heard(self) -> None:
         """It has answered a probe."""
@@ -99,6 +101,7 @@ class ServerState:
         """The server itself fails: take it out, and cancel its requests."""
         self.doubted(error)
         self.version = None
+        self.awake.clear()
         logger.warning("server %s is taken out: %s", self.name, error)
         for task in self.tasks:
             task.cancel()

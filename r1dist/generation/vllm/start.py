@@ -214,4 +214,4 @@ def _registry(rollout: Rollout, folder: Path) -> ServerRegistry:
 def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy) -> Transport:
     if name == "shm":
         return FileTransport(source, Path(rollout.weights_folder), writes=policy.rank == 0)
-    return GPUTransport(source, name, policy.rank, policy.ranks, policy.broadcast)
+    return GPUTransport(source, name, policy.rank, policy.ranks, policy.broadcast, rollout.sync_timeout)
