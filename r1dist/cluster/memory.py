@@ -208,13 +208,17 @@ def layer_memory(config: PretrainedConfig, step: Step) -> int:
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     keys = queries if step.mask else keys  # with a mask, keys and values are repeated for each query head
-    norms = 2 * (4 + step.held) * hidden  # what is normalized, in float32, and the result before its scale
-    # Under autocast each of five projections keeps a copy of its input; else q, k, v share one, gate and up another.
-    inputs = 5 * w * hidden if step.held != w else 2 * w * hidden
-    attention = w * (2 * queries + 2 * keys)
-    mlp = 4 * w * inner
-    adapters = w * (5 * hidden + queries + inner) if step.adapters else 0
-    return step.tokens * (norms + inputs + attention + mlp + adapters) + step.mask * w
+    scores = w * (2 * queries + 2 * keys)
+    if (
+        step.adapters
+    ):  # a frozen weight needs neither its input nor what it scales; each adapter keeps a copy of its input
+        norms, inputs, mlp = 2 * 4 * hidden, w * (5 * hidden + queries + inner), 3 * w * inner
+    else:
+        norms = 2 * (4 + step.held) * hidden  # what is normalized, in float32, and the result before its scale
+        # Under autocast each of five projections keeps a copy of its input; else q, k, v share one, gate and up one.
+        inputs = 5 * w * hidden if step.held != w else 2 * w * hidden
+        mlp = 4 * w * inner
+    return step.tokens * (norms + inputs + scores + mlp) + step.mask * w
 
 
 def step_memory(config: PretrainedConfig, count: int, step: Step) -> int:
