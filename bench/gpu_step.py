@@ -40,19 +40,24 @@ class QwenBench(Bench):
     shape = QWEN_HALF_BILLION
 
     def make_model(self) -> PreTrainedModel:
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(self.shape)
-        tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
-        model.generation_config = GenerationConfig(eos_token_id=ENDS_NEVER, pad_token_id=tokenizer.pad_token_id)
-        model.save_pretrained(self.path)
-        tokenizer.save_pretrained(self.path)
-        return model
+        return save_random_qwen(self.path)
 
     def arguments(self, longest: int, prompts: int = PROMPTS, **changes: Any) -> trl.GRPOConfig:
         kwargs = {"dtype": "float32", "attn_implementation": attention()}
         gpu = torch.cuda.is_available()
         fields = {"use_cpu": not gpu, "bf16": gpu, "model_init_kwargs": kwargs, "gradient_checkpointing": True}
         return super().arguments(longest, prompts, **fields | changes)
+
+
+def save_random_qwen(path: Path) -> PreTrainedModel:
+    """Qwen2.5-0.5B's shapes with random weights and the embedded tokenizer; returns it."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(QWEN_HALF_BILLION)
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    model.generation_config = GenerationConfig(eos_token_id=ENDS_NEVER, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return model
 
 
 def attention() -> str:

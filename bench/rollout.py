@@ -73,9 +73,9 @@ def requests(step: int, prompts: int, samples: int) -> list[Request]:
 def engine_over(rollout: Rollout, model, folder: Path, stops: list[int]) -> ServerEngine:
     policy = Policy(
         lambda tokens: [0.0] * (len(tokens) - 1), probe=[20, 21], probe_tokens=0, stop_ids=stops, rank=0,
-        broadcast=lambda value: value,
+        ranks=1, broadcast=lambda value: value,
     )  # fmt: skip
-    return connect(rollout, folder / "servers", WeightSource(model, torch.float32), policy, world_size=1, trainers=1)
+    return connect(rollout, folder / "servers", WeightSource(model, torch.float32), policy, trainers=1)
 
 
 def throughput(folder: Path, model, rounds: int) -> tuple[dict, dict]:

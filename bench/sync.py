@@ -62,10 +62,10 @@ def measure(size: str, folder: Path, rounds: int, with_step: bool) -> dict:
             logprobs = model(torch.tensor([tokens])).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1).tolist()
 
-    policy = Policy(score, probe=list(range(20, 40)), probe_tokens=16, stop_ids=[], rank=0, broadcast=lambda v: v)
-    engine = connect(
-        rollout, folder / "servers", WeightSource(model, torch.bfloat16), policy, world_size=1, trainers=1
+    policy = Policy(
+        score, probe=list(range(20, 40)), probe_tokens=16, stop_ids=[], rank=0, ranks=1, broadcast=lambda v: v
     )
+    engine = connect(rollout, folder / "servers", WeightSource(model, torch.bfloat16), policy, trainers=1)
     try:
         seconds = [timed(lambda step=step: engine.sync_weights(step)) for step in range(rounds + 1)][1:]
         found = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": statistics.median(seconds)}

@@ -7,11 +7,13 @@ from pathlib import Path
 from r1dist.config import EvaluateRun
 from r1dist.config.loader import parse
 from r1dist.errors import run_cli
+from r1dist.logs import set_up_logging
 
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "evaluate.yaml"
 
 
 def main(argv: list[str]) -> None:
+    set_up_logging()
     run = parse(EvaluateRun, argv, DEFAULT)
     if run.dry_run:
         from r1dist.cluster.plan import print_plan

@@ -5,6 +5,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from aiohttp import web
 from transformers import AutoTokenizer
@@ -24,10 +25,19 @@ class StubServer:
 
     `misbehave(kind)` makes every completion after it wrong: an HTTP status as text, `garbage`, `empty`,
     `choices`, `nan`, `hang`; None makes it right again. `hold(prompt, times)` never answers that prompt so often.
+    `refused` are the control calls that it answers wrongly: an HTTP status as text, or `die` to hang up.
+
+    Args:
+        receiver: vLLM's engine that takes weights, for what is sent to be taken; None takes nothing.
     """
 
-    def __init__(self, tokens: int = 4):
+    def __init__(self, tokens: int = 4, receiver: Any = None):
         self.tokens = tokens
+        self.receiver = receiver
+        self.refused: dict[str, str] = {}
+        self.calls: list[str] = []  # control calls and completions, in their order
+        self.asleep: set[str] = set()
+        self.updating = False
         self.version = "default"
         self.wrong: str | None = None
         self.delay = 0.0  # seconds for a completion
@@ -67,6 +77,7 @@ class StubServer:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/server_info", self._server_info)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_get("/get_world_size", self._world_size)
         app.router.add_post("/{control}", self._control)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
@@ -91,12 +102,57 @@ class StubServer:
             await asyncio.sleep(0.05)
         return web.json_response({"weight_version": self.version})
 
+    async def _world_size(self, request: web.Request) -> web.Response:
+        return web.json_response({"world_size": 1})
+
     async def _control(self, request: web.Request) -> web.Response:
         name = request.match_info["control"]
+        tags = request.query.getall("tags", [])
         self.asked[name] += 1
-        if name == "update_weight_version":
-            self.version = (await request.json())["new_version"]
+        self.calls.append(f"{name}({','.join(tags)})" if tags else name)
+        refused = self.refused.get(name)
+        if refused == "die":
+            request.transport.close()
+        elif refused is not None:
+            self.updating &= name != "update_weights"
+            return web.Response(text="refused", status=int(refused))
+        body = await request.json() if request.can_read_body else {}
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._act, name, tags, body)
+        except Exception as error:  # as vLLM does
+            return web.Response(text=f"{type(error).__name__}: {error}", status=500)
         return web.json_response({"success": True})
+
+    def _act(self, name: str, tags: list[str], body: dict) -> None:
+        """What vLLM's worker does, in its order and with its checks."""
+        if name == "update_weight_version":
+            self.version = body["new_version"]
+        elif name == "sleep":
+            self.asleep = {"weights", "kv_cache"}
+        elif name == "wake_up":
+            self.asleep -= set(tags)
+        elif name == "init_weight_transfer_engine" and self.receiver:
+            self.receiver.init_transfer_engine(self.receiver.parse_init_info(body["init_info"]))
+        elif name == "start_weight_update":
+            if self.updating:
+                raise RuntimeError("start_weight_update called while a weight update is already active.")
+            if "weights" in self.asleep:
+                raise RuntimeError("this memory is not mapped")
+            self.updating = True
+            if self.receiver:
+                self.receiver.start_weight_update()
+        elif name in ("update_weights", "finish_weight_update"):
+            if not self.updating:
+                raise RuntimeError("start_weight_update must be called first.")
+            try:
+                if name == "update_weights" and self.receiver:
+                    self.receiver.update_weights(body["update_info"])
+                elif self.receiver:
+                    self.receiver.finish_weight_update()
+                self.updating = name == "update_weights"
+            except BaseException:
+                self.updating = False
+                raise
 
     async def _complete(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -105,6 +161,7 @@ class StubServer:
             positions = [None, *({str(token): {"logprob": LOGPROB}} for token in body["prompt"][1:])]
             return web.json_response({"choices": [{"prompt_logprobs": positions}]})
         self.asked["completions"] += 1
+        self.calls.append("completions")
         if self.held[tuple(body["prompt"])]:
             self.held[tuple(body["prompt"])] -= 1
             await self._stopping.wait()

@@ -41,7 +41,7 @@ def print_plan(run: GRPORun | SFTRun | RewardModelRun | EvaluateRun | SampleRun)
             parts = generating_memory(generator.model, run.rollout.batch_size, generator.sampling.max_tokens)
             _print_memory(generator.model, parts, 1)
     elif isinstance(run, EvaluateRun):
-        _print_memory(run.model, generating_memory(run.model, run.batch_size, run.sampling.max_tokens), 1)
+        _print_memory(run.model, generating_memory(run.model, run.rollout.batch_size, run.sampling.max_tokens), 1)
     else:
         card, sharding = planned_card(run), Sharding.from_environment()
         parts = training_memory(run, model_shape(run.model), sharding, card)

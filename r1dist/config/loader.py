@@ -40,6 +40,7 @@ RENAMED = {
     "verify.patience": "verify.retry_timeout",
     "rollout.timeout": "rollout.no_server_timeout",
     "rollout.in_flight": "rollout.max_concurrent_requests",
+    "batch_size": "rollout.batch_size",
     "learns_from": "loss: pairwise` or `loss: pointwise",
     "ways": "generators",
 }

@@ -71,9 +71,10 @@ class Rollout:
     weights_folder: MayChange[PathText] = "/dev/shm"
     """Where `shm` writes them. For servers on other machines, a folder that all share."""
     max_concurrent_requests: MayChange[PositiveInt] = 512
-    """Samples that each rank asks of one server at a time."""
+    """Samples that one server is asked for at a time, by all ranks together."""
     request_timeout: MayChange[float] = Field(default=600, gt=0)
-    """Seconds for one prompt's completions, after which they are asked for again."""
+    """Seconds without progress of its server after which a prompt's completions are asked for again; where a tenth of
+    a second for each of `max_completion_length` is more, that."""
     sync_timeout: MayChange[float] = Field(default=120, gt=0)
     """Seconds for each call by which a server takes new weights."""
     health_timeout: MayChange[float] = Field(default=20, gt=0)

@@ -95,8 +95,7 @@ class EvaluateRun:
     """General requests, answered greedily."""
     target_language: Language = "en"
     """The language of which the share of words in the thinking is reported."""
-    batch_size: PositiveInt = 256
-    """Sequences decoded at once."""
+    rollout: Rollout = Field(default_factory=Rollout)
     verify: Verify = Field(default_factory=Verify)
     seed: Seed = 0
     """Seed of the sampled completions."""

@@ -5,7 +5,7 @@ from typing import Any
 from ..errors import UserError
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
-from .runs import GRPORun, SFTRun, TrainingRun
+from .runs import EvaluateRun, GRPORun, SFTRun, TrainingRun
 from .sampling import SampleRun
 from .trl_fields import micro_steps_per_generation, trl_value
 from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
@@ -21,6 +21,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     """
     if isinstance(run, SampleRun):
         _check_generators(run)
+    if isinstance(run, SampleRun | EvaluateRun):
         _check_servers(run, where)
     if isinstance(run, TrainingRun):
         _check_supported(run, where)
@@ -73,7 +74,7 @@ def _check_packing(run: SFTRun, where: str) -> None:
         )
 
 
-def _check_servers(run: GRPORun | SampleRun, where: str) -> None:
+def _check_servers(run: GRPORun | SampleRun | EvaluateRun, where: str) -> None:
     if run.rollout.engine != "vllm" and run.rollout.servers != "managed":
         raise UserError(
             f"{where}: `rollout.servers` names {run.rollout.servers}, but with `rollout.engine: transformers` no "

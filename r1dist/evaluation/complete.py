@@ -4,7 +4,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from ..data.templates import Template
-from ..generation.engine import Engine, Request, Rollout, Sampling, generate, sample_seed
+from ..generation.engine import Engine, Request, Rollout, Sampling, sample_seed
 
 
 def complete(
@@ -14,7 +14,6 @@ def complete(
     sampling: Sampling,
     samples: int,
     seed: int,
-    batch_size: int,
 ) -> tuple[list[Rollout], list[str]]:
     """`samples` rollouts for each row, one row after another, and their texts."""
     requests = [
@@ -23,11 +22,9 @@ def complete(
         for index in range(samples)
     ]
     name = "greedy" if sampling.temperature == 0 else f"sampled at T={sampling.temperature:g}"
-    rollouts: list[Rollout] = []
-    with tqdm(total=len(requests), desc=name, unit="rollout", leave=False) as progress:
-        for begin in range(0, len(requests), batch_size):
-            rollouts += generate(engine, requests[begin : begin + batch_size], sampling)
-            progress.update(min(batch_size, len(requests) - begin))
+    arriving = tqdm(engine.stream(requests, sampling), desc=name, total=len(requests), unit="rollout", leave=False)
+    found = dict(arriving)
+    rollouts = [found[place] for place in range(len(requests))]
     return rollouts, [template.text(rollout.token_ids) for rollout in rollouts]
 
 

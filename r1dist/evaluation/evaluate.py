@@ -1,18 +1,24 @@
 """Greedy and sampled pass@1 on problems with known answers."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from datasets import Dataset
 
 from ..config import EvaluateRun
 from ..data.prompts import prompt_dataset
 from ..data.templates import Template, load_template
+from ..errors import RunStopped
 from ..files import write_json
-from ..generation.engine import Rollout, Sampling
-from ..generation.local import InProcessEngine, load_engine
+from ..generation.engine import Engine, Rollout, RolloutsLost, Sampling
+from ..generation.inference import fixed_engine
+from ..generation.vllm.limits import Demand
+from ..generation.vllm.start import check_servers
 from ..models import load_model_config
 from ..rewards import verifiers_of
 from ..rewards.format import has_format
@@ -23,7 +29,7 @@ from ..rewards.thinking import thinking_of
 from ..run.process import set_up_process
 from .complete import complete, with_texts
 from .intervals import clustered_interval
-from .requests import measure_requests, request_dataset
+from .requests import answer_requests, request_dataset, score_replies
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Scores:
 
 def evaluate(run: EvaluateRun) -> dict:
     """The scores: `greedy`, `sampled` and, if asked for, `requests`; written to `run.output` if that is set,
-    together with the greedy completions."""
+    together with the greedy completions. Raises `UserError`, and `RunStopped` where no server is left."""
     set_up_process()
     template = load_template(run.model, run.data.template)
     context = load_model_config(run.model).max_position_embeddings
@@ -60,12 +66,13 @@ def evaluate(run: EvaluateRun) -> dict:
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
     with Pool(verifiers_of(()), run.verify) as pool:
         check_golds("accuracy", dataset, pool)
-        engine = load_engine(run.model, template, run.batch_size)
-        scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)
-        result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
-        result["sampled"] = asdict(measure(run, engine, template, dataset, sampled, run.sampling.samples, pool)[0])
-    if asked is not None:
-        replies, more = measure_requests(run, engine, template, asked)
+        with _engine(run, template, dataset, asked) as engine:
+            scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)
+            result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
+            result["sampled"] = asdict(measure(run, engine, template, dataset, sampled, run.sampling.samples, pool)[0])
+            answered = None if asked is None else answer_requests(run, engine, template, asked)
+    if answered is not None:
+        replies, more = score_replies(run, asked, *answered)
         result["requests"] = asdict(replies)
         completions += more
     if run.output:
@@ -77,6 +84,24 @@ def evaluate(run: EvaluateRun) -> dict:
     return result
 
 
+@contextmanager
+def _engine(run: EvaluateRun, template: Template, dataset: Dataset, asked: Dataset | None) -> Iterator[Engine]:
+    """The engine of `run.rollout`; the logs of its own servers are beside `run.output`."""
+    longest = [(max(dataset["prompt_ids"], key=len), run.sampling.max_tokens)]
+    if asked is not None:
+        longest.append((max(asked["prompt_ids"], key=len), run.requests.max_tokens))
+    prompt, tokens = max(longest, key=lambda pair: len(pair[0]) + pair[1])
+    demand = Demand(run.model, template.tokenizer, prompt, tokens, trains=False)
+    check_servers(run.rollout, demand, run.model.dtype, trainers=0)
+    with TemporaryDirectory() as scratch:
+        folder = Path(run.output).with_suffix(".servers") if run.output else Path(scratch)
+        try:
+            with fixed_engine(run.rollout, run.model, template, demand.tokens, folder) as engine:
+                yield engine
+        except RolloutsLost as error:
+            raise RunStopped(str(error)) from error
+
+
 def completions_path(output: Path) -> Path:
     """Where the greedy completions of the evaluation in `output` are: `problem`, `answer`, `kind` and `text`."""
     return output.with_suffix(".completions.jsonl")
@@ -84,7 +109,7 @@ def completions_path(output: Path) -> Path:
 
 def measure(
     run: EvaluateRun,
-    engine: InProcessEngine,
+    engine: Engine,
     template: Template,
     dataset: Dataset,
     sampling: Sampling,
@@ -92,7 +117,7 @@ def measure(
     pool: Pool,
 ) -> tuple[Scores, list[dict]]:
     """Generate `samples` completions for each problem and score them; the completions come second."""
-    rollouts, texts = complete(engine, template, dataset, sampling, samples, run.seed, run.batch_size)
+    rollouts, texts = complete(engine, template, dataset, sampling, samples, run.seed)
     rows = [row for row in dataset for _ in range(samples)]
     right = pool.scores("accuracy", texts, rows)
     return _scores(rollouts, texts, right, samples, run.target_language), with_texts(rows, texts)

@@ -171,10 +171,8 @@ class Graph:
         for field, source in stage.inputs.items():
             arguments += [f"--{field}", str(self.output(source))]
         arguments += ["--output_dir", str(self.folder / stage.name), "--seed", str(self.run.seed)]
-        if kind.rolls_out and self.run.engine is not None:
-            arguments += ["--rollout.engine", self.run.engine]
-            if self.run.engine == "transformers":
-                arguments += ["--rollout.servers", "managed"]  # the YAML's would not be asked, which is refused
+        if kind.rolls_out:
+            arguments += self._engine()
         by_job = self.run.launcher == "job"
         launcher = ["-m", "accelerate.commands.launch", "--config_file", self.run.accelerate] if kind.trains else []
         words = [str(self.launch / "job.py"), stage.kind] if by_job else [*launcher, str(self.launch / kind.script)]
@@ -193,12 +191,21 @@ class Graph:
             accelerate=self.run.accelerate if kind.trains and not by_job else None,
         )
 
+    def _engine(self) -> list[str]:
+        """The pipeline's engine as arguments of a step."""
+        if self.run.engine is None:
+            return []
+        # The YAML's servers would not be asked by `transformers`, which is refused.
+        servers = ["--rollout.servers", "managed"] if self.run.engine == "transformers" else []
+        return ["--rollout.engine", self.run.engine, *servers]
+
     def _evaluation_step(self, stage: Stage) -> Step:
         output = self.folder / "evaluations" / f"{stage.name}.json"
         config = self.configs / (stage.evaluate or self.run.evaluate)
         arguments = ["--config", str(config), "--model.path", str(self.output(stage.name)), "--output", str(output)]
         for field, source in stage.evaluate_inputs.items():
             arguments += [f"--{field}", str(self.output(source))]
+        arguments += self._engine()
         return Step(
             name=f"{stage.name}{EVALUATION}",
             stage=stage,

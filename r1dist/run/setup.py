@@ -30,7 +30,7 @@ def hardware_defaults(values: dict[str, Any], weights: str = "float32") -> dict[
 
     Emulated bfloat16 is slow, and vLLM refuses it. `fp16` scales the loss, which needs `weights` in float32.
     """
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and not values.get("use_cpu")
     native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = native and not values.get("fp16")
     fp16 = gpu and not native and not values.get("bf16") and weights == "float32"

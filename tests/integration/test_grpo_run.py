@@ -141,7 +141,8 @@ def test_the_whole_path_of_the_qwen_grpo_recipe(tmp_path, small_qwen):
     done = launch(
         "grpo.py", "--config", ROOT / "configs/recipes/qwen2.5-0.5b/r1_zero_gsm8k.yaml",
         "--model.path", small_qwen, "--data.sources.0.path", rows_like_gsm8k(tmp_path),
-        "--data.sources.0.limit", "64", "--output_dir", tmp_path / "run", "--max_steps", "2",
+        "--rollout.engine", "transformers", "--data.sources.0.limit", "64",
+        "--output_dir", tmp_path / "run", "--max_steps", "2",
         "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--max_completion_length", "16",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

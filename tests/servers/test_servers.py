@@ -25,7 +25,7 @@ from r1dist.generation.vllm.limits import Demand, check_running
 from r1dist.generation.vllm.liveness import Liveness
 from r1dist.generation.weight_sync.files import write_folder
 from r1dist.generation.weight_sync.source import WeightSource
-from r1dist.generation.weight_sync.transports import FileTransport, begin_and_finish
+from r1dist.generation.weight_sync.transports import FileTransport, begin_and_finish, name_weights
 from r1dist.tiny import BASE_DIR
 
 pytest.importorskip("vllm")
@@ -73,7 +73,7 @@ def asking(endpoints: Endpoints, model, tmp_path):
     token = tmp_path / "token"
     token.write_text(endpoints.token)
     rollout = Rollout(engine="vllm", servers=urls, transport="shm", token_file=str(token))
-    policy = Policy(score, probe=PROMPT, probe_tokens=16, stop_ids=[END], rank=0, broadcast=lambda v: v)
+    policy = Policy(score, probe=PROMPT, probe_tokens=16, stop_ids=[END], rank=0, ranks=1, broadcast=lambda v: v)
     transport = FileTransport(WeightSource(model, torch.float32), tmp_path, writes=True)
     engine = ServerEngine(rollout, ServerRegistry(rollout, None), transport, policy)
     try:
@@ -182,13 +182,14 @@ def test_a_payload_that_is_not_whole_changes_nothing_and_kills_nobody(endpoints,
             before = (await client.weight_version(10), await client.prompt_logprobs(list(range(10, 30)), 10))
             for change in (drop_head, reshape, add):
                 with pytest.raises(ServerError, match="500"):
-                    await begin_and_finish(client, "bad", weights(change), 30)
+                    await begin_and_finish(client, weights(change), 30)
             missing = {"folder": str(tmp_path / "nowhere"), "digest": "0"}
             with pytest.raises(ServerError, match="500"):
-                await begin_and_finish(client, "bad", missing, 30)
+                await begin_and_finish(client, missing, 30)
             after = (await client.weight_version(10), await client.prompt_logprobs(list(range(10, 30)), 10))
             assert after == before
-            await begin_and_finish(client, "good", weights(lambda tensors: None), 30)
+            await begin_and_finish(client, weights(lambda tensors: None), 30)
+            await name_weights(client, "good", 30)
             assert await client.weight_version(10) == "good"
 
     asyncio.run(go())

@@ -27,6 +27,7 @@ from r1dist.tiny import BASE_DIR
 vllm = pytest.importorskip("vllm")
 
 from vllm.config import CacheConfig  # noqa: E402
+from vllm.distributed.device_communicators import pynccl  # noqa: E402
 from vllm.distributed.weight_transfer import base, factory, ipc_engine, nccl_engine  # noqa: E402
 from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # noqa: E402
@@ -96,12 +97,13 @@ def test_metadata_and_iteration_agree(source):
 def test_the_control_client_speaks_vllms_protocol_with_the_token(monkeypatch):
     sent = []
 
-    def post(url, json, headers, timeout):
+    def request(session, method, url, json, headers, timeout):
+        assert not session.trust_env and timeout == 7
         sent.append((url, json, headers))
         return SimpleNamespace(raise_for_status=lambda: None)
 
-    monkeypatch.setattr(gpu.requests, "post", post)
-    client = gpu.SyncClient(Client(None, "http://127.0.0.1:1", "secret"))
+    monkeypatch.setattr(gpu.requests.Session, "request", request)
+    client = gpu.SyncClient(Client(None, "http://127.0.0.1:1", "secret"), 7)
     assert isinstance(client, base.VLLMWeightSyncClient)
     client.init_weight_transfer_engine({"packed": True})
     client.start_weight_update()
@@ -119,27 +121,28 @@ def test_each_server_gets_an_engine_of_its_own_and_a_lost_one_is_forgotten(sourc
     def trainer_init(info, client, source):
         engine = SimpleNamespace(url=client.base_url, info=info, sends=0, shutdown=lambda: None)
         engine.send_weights = lambda: setattr(engine, "sends", engine.sends + 1)
+        engine.model_update_group = SimpleNamespace(destroy=lambda: setattr(engine, "destroyed", True))
         made.append(engine)
         return engine
 
     monkeypatch.setattr(factory.WeightTransferTrainerFactory, "trainer_init", trainer_init)
     monkeypatch.setattr(gpu.SyncClient, "world_size", lambda self: 2)
-    transport = GPUTransport(source, "nccl", rank=0, world_size=1, broadcast=lambda value: value)
+    transport = GPUTransport(source, "nccl", rank=0, world_size=1, broadcast=lambda value: value, timeout=7)
     one, two = (Client(None, f"http://127.0.0.1:{port}", "secret") for port in (1111, 2222))
-    transport.publish("v0", [one, two])
-    transport.publish("v1", [one])
+    assert transport.publish("v0", [one, two]) == transport.publish("v1", [one]) == {}
     assert [(engine.url, engine.sends) for engine in made] == [(one.url, 2), (two.url, 1)]
     assert all(engine.info.world_size == 3 and engine.info.master_address == "127.0.0.1" for engine in made)
-    assert transport.engines.keys() == {one.url}
+    assert transport.links.keys() == {one.url} and made[1].destroyed
     transport.publish("v2", [one, two])
     assert len(made) == 3 and made[2].url == two.url
 
 
 def test_the_engines_are_the_ones_that_were_read():
     fields = ipc_engine.IPCTrainerInitInfo.__dataclass_fields__
-    assert {"packed", "rank"} <= fields.keys()
+    assert {"packed", "packed_buffer_size_bytes", "rank"} <= fields.keys()
     fields = nccl_engine.NCCLTrainerInitInfo.__dataclass_fields__
-    assert {"master_address", "master_port", "world_size", "packed", "rank"} <= fields.keys()
+    assert {"master_address", "master_port", "world_size", "packed_buffer_size_bytes", "rank"} <= fields.keys()
+    assert callable(pynccl.PyNcclCommunicator.destroy)
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 0), (1, 1), (1, 2), (1, 8), (4, 8)])
@@ -162,12 +165,12 @@ def test_vllm_understands_the_commands_of_every_recipe_and_placement(monkeypatch
                 serve, transport = plan_servers(run.rollout, "bfloat16", 900, [CARD] * gpus, trainers)
             else:
                 continue
-            words = command(serve, "some/model", transport, 1234)
+            words = command(serve, str(BASE_DIR), transport, 1234)
             asked = parser.parse_args(words[words.index("vllm.entrypoints.openai.api_server") + 1 :])
             validate_parsed_serve_args(asked)
             engine = AsyncEngineArgs.from_cli_args(asked)
             assert (engine.model, engine.dtype, engine.max_model_len) == (
-                "some/model",
+                str(BASE_DIR),
                 serve.dtype,
                 serve.max_model_len,
             )

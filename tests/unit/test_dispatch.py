@@ -57,7 +57,7 @@ def test_groups_go_to_the_least_loaded_server_and_no_server_gets_too_much():
         loads[client] -= len(group.requests)
         return answer(group)
 
-    places = collect(Dispatcher(servers("fast", "slow"), ask, 12, 5, Counter()), requests(40, 4))
+    places = collect(Dispatcher(servers("fast", "slow"), ask, 12, 600, 5, Counter()), requests(40, 4))
     assert sorted(places) == list(range(160))
     assert peak["fast"] <= 12 and peak["slow"] <= 12
     assert made["fast"] > 3 * made["slow"]
@@ -74,7 +74,7 @@ def test_a_failing_servers_groups_are_made_elsewhere_once_and_counted(kind):
         return answer(group)
 
     pool = servers("bad", "good")
-    places = collect(Dispatcher(pool, ask, 8, 5, counts), requests(10, 4))
+    places = collect(Dispatcher(pool, ask, 8, 600, 5, counts), requests(10, 4))
     assert sorted(places) == list(range(40))
     assert counts[f"errors/{kind}"] >= 1 and counts["resent"] >= 1
     assert not pool["bad"].trusted and pool["bad"].last_error == f"{kind}: no"
@@ -99,7 +99,7 @@ def test_a_failed_request_costs_that_request_alone(kind):
                 pool["one"].version = VERSION
 
         knowing, places = asyncio.create_task(know()), []
-        async for group, _ in Dispatcher(pool, ask, 256, 5, Counter()).run(groups_of(requests(20, 4)), VERSION):
+        async for group, _ in Dispatcher(pool, ask, 256, 600, 5, Counter()).run(groups_of(requests(20, 4)), VERSION):
             places += group.places
         knowing.cancel()
         return places
@@ -120,7 +120,7 @@ def test_a_late_request_does_not_tell_against_a_server_that_finishes_others():
         return answer(group)
 
     pool = servers("one")
-    assert sorted(collect(Dispatcher(pool, ask, 64, 5, Counter()), requests(10, 1))) == list(range(10))
+    assert sorted(collect(Dispatcher(pool, ask, 64, 600, 5, Counter()), requests(10, 1))) == list(range(10))
     assert late == ["one"] and pool["one"].last_error == "never came up" and pool["one"].not_before == 0
 
 
@@ -136,7 +136,7 @@ def test_groups_that_fail_together_are_one_failure():
 
     pool = servers("bad")
     began = time.monotonic()
-    assert len(collect(Dispatcher(pool, ask, 8, 5, Counter()), requests(12, 1))) == 12
+    assert len(collect(Dispatcher(pool, ask, 8, 600, 5, Counter()), requests(12, 1))) == 12
     assert len(failed) == 8 and time.monotonic() - began < 4  # a pause of half a second, not of thirty
 
 
@@ -153,7 +153,7 @@ def test_a_server_that_fails_every_request_is_given_up_however_often_it_answers_
 
         probing = asyncio.create_task(probe())
         try:
-            async for _ in Dispatcher(pool, ask, 8, 1.0, Counter()).run(groups_of(requests(2, 2)), VERSION):
+            async for _ in Dispatcher(pool, ask, 8, 600, 1.0, Counter()).run(groups_of(requests(2, 2)), VERSION):
                 pass
         finally:
             probing.cancel()
@@ -171,7 +171,7 @@ def test_a_server_that_is_taken_out_lets_go_of_its_other_groups():
 
     async def run():
         pool, counts, places = servers("hung", "good"), Counter(), []
-        dispatcher = Dispatcher(pool, ask, 8, 5, counts)
+        dispatcher = Dispatcher(pool, ask, 8, 600, 5, counts)
 
         async def notice():
             await asyncio.sleep(0.1)
@@ -198,7 +198,7 @@ def test_a_server_with_other_weights_is_not_asked():
 
     pool = servers("stale", "good")
     pool["stale"].version = "run-2"
-    collect(Dispatcher(pool, ask, 8, 5, Counter()), requests(10, 2))
+    collect(Dispatcher(pool, ask, 8, 600, 5, Counter()), requests(10, 2))
     assert set(asked) == {"good"}
 
 
@@ -217,7 +217,7 @@ def test_a_server_that_comes_back_is_tried_with_one_group_before_it_is_trusted()
         return answer(group)
 
     async def run():
-        dispatcher, places = Dispatcher(pool, ask, 64, 5, Counter()), []
+        dispatcher, places = Dispatcher(pool, ask, 64, 600, 5, Counter()), []
         async for group, _ in dispatcher.run(groups_of(requests(200, 1)), VERSION):
             places += group.places
             pool["shaky"].version = VERSION  # as the keeper finds out
@@ -236,7 +236,7 @@ def test_without_a_usable_server_it_gives_up_in_time_and_says_what_it_knows():
     pool["two"].client, pool["two"].last_error = None, "ended with code 1: out of memory"
     began = time.monotonic()
     with pytest.raises(RolloutsLost) as lost:
-        collect(Dispatcher(pool, ask, 8, 1.0, Counter()), requests(2, 2))
+        collect(Dispatcher(pool, ask, 8, 600, 1.0, Counter()), requests(2, 2))
     assert 0.9 < time.monotonic() - began < 5
     assert "one: status_503: overloaded" in str(lost.value) and "two: ended with code 1" in str(lost.value)
 
@@ -246,7 +246,7 @@ def test_a_request_that_is_wrong_in_itself_is_not_sent_again():
         raise RequestRefused("prompt too long")
 
     with pytest.raises(RequestRefused):
-        collect(Dispatcher(servers("one", "two"), ask, 8, 5, Counter()), requests(4, 2))
+        collect(Dispatcher(servers("one", "two"), ask, 8, 600, 5, Counter()), requests(4, 2))
 
 
 def test_back_off_grows_and_has_an_end():

@@ -119,11 +119,11 @@ def test_what_a_job_starts_is_accepted_by_what_it_starts(monkeypatch, nodes, gpu
         planned += 1
         placement = job.placement
         for run, _ in parsed(job):
-            if isinstance(run, ServeRun):
-                place_servers(run, run.transport, None, [CARD] * gpus, 0, "") if gpus else None
+            if isinstance(run, ServeRun) and gpus:
+                place_servers(run, run.transport, None, [CARD] * gpus, 0, "")
             elif isinstance(run, GRPORun) and run.rollout.engine == "vllm" and run.rollout.servers == "managed":
                 serve, transport = plan_servers(run.rollout, "bfloat16", 900, [CARD] * gpus, placement.processes)
                 assert (transport, serve.replicas) == (placement.transport, placement.replicas)
                 assert placement.devices in (None, serve.devices)
                 assert not (serve.sleep and run.rollout.max_staleness)
-    assert planned >= (len(RECIPES) // 2 if nodes * gpus != 2 else 8)
+    assert planned >= 8

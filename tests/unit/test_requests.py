@@ -6,7 +6,7 @@ import pytest
 
 from r1dist.config import Data, EvaluateRun, Model, Requests, Source
 from r1dist.errors import UserError
-from r1dist.evaluation.requests import measure_requests, request_dataset
+from r1dist.evaluation.requests import answer_requests, request_dataset, score_replies
 from r1dist.generation.engine import Rollout
 from r1dist.tiny import talk
 
@@ -60,7 +60,8 @@ def test_replies_are_counted_as_what_they_are(template):
     sources += [Source(path="tiny_unsafe", split="test", kind="unsafe", limit=2)]
     run = EvaluateRun(model=Model(path="tiny"), data=Data(sources=sources), requests=Requests(sources=sources))
     asked = request_dataset(run, template, 2048)
-    scores, completions = measure_requests(run, Says(template.tokenizer, replies), template, asked)
+    answered = answer_requests(run, Says(template.tokenizer, replies), template, asked)
+    scores, completions = score_replies(run, asked, *answered)
     assert (scores.requests, scores.answered, scores.declined) == (6, 1 / 4, 1 / 2)
     assert scores.as_reference == pytest.approx(1 / 6)
     assert scores.helpfulness is None and scores.safety is None

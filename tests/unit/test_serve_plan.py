@@ -4,16 +4,21 @@ import dataclasses
 import importlib.metadata
 import itertools
 import os
+import subprocess
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from r1dist.config import GRPORun, Rollout, Serve, ServeRun, engines
+from r1dist.config import GRPORun, Model, Rollout, Serve, ServeRun, engines
 from r1dist.config.loader import as_tree, build, split_arguments
 from r1dist.errors import UserError
-from r1dist.generation.vllm import start
+from r1dist.generation import trainer_engines
+from r1dist.generation.vllm import start, supervisor
 from r1dist.generation.vllm.command import command, environment
 from r1dist.generation.vllm.devices import GIB, GPU
+from r1dist.generation.vllm.endpoints import Endpoints, Server, write
 from r1dist.generation.vllm.plugin import OWNER
 from r1dist.generation.vllm.plugin.guard import TOKEN
 from r1dist.generation.vllm.start import plan_serve, plan_servers
@@ -182,9 +187,9 @@ def test_vllm_must_be_built_for_these_devices(monkeypatch, gpus, versions, refus
         ({}, True, "vllm", "by vLLM servers (vLLM is installed)"),
         ({}, False, "transformers", "in this process, by transformers (vLLM is not installed)"),
         ({"servers": "http://a:1"}, False, "vllm", "(`rollout.servers` names them)"),
-        ({"max_staleness": 1}, False, "vllm", "(`rollout.max_staleness` needs them)"),
+        ({"max_staleness": 1}, False, "vllm", "(`rollout.max_staleness` needs them; vLLM is not installed)"),
         ({"engine": "transformers"}, True, "transformers", "(as configured)"),
-        ({"engine": "vllm"}, False, "vllm", "(as configured)"),
+        ({"engine": "vllm"}, False, "vllm", "by vLLM servers (as configured; vLLM is not installed)"),
     ],
 )
 def test_servers_generate_where_they_can(small_grpo, monkeypatch, caplog, rollout, installed, engine, why):
@@ -301,3 +306,32 @@ def test_trl_users_fields_are_understood(small_grpo):
     by_url = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://a:1"}
     assert build(GRPORun, {**small_grpo, **by_url}, "run.yaml").rollout.servers == "http://a:1"
     assert build(GRPORun, {**small_grpo, "use_vllm": False}, "run.yaml").rollout.engine == "transformers"
+
+
+@pytest.mark.parametrize(("transport", "order"), [("ipc", ["up", "model"]), ("nccl", ["model"])])
+def test_on_its_own_gpu_the_trainer_is_built_once_the_servers_are_up(monkeypatch, transport, order):
+    """vLLM takes a change of the free memory, while it starts, for its own."""
+    done = []
+    servers = SimpleNamespace(transport=transport, wait=lambda: done.append("up"), stop=lambda: done.append("stop"))
+    monkeypatch.setattr(trainer_engines, "start_managed", lambda *arguments: servers)
+    run = SimpleNamespace(rollout=Rollout(), model=Model(path="tiny"), trl={"output_dir": "run"})
+    with trainer_engines._managed(run, run.rollout, "bfloat16", 900, trainers=1):
+        done.append("model")
+    assert done == [*order, "stop"]
+
+
+def test_servers_are_waited_for_until_they_are_up_or_have_failed(tmp_path, monkeypatch):
+    started = subprocess.Popen(["sleep", "100"])
+    monkeypatch.setattr(supervisor.subprocess, "Popen", lambda *words, **settings: started)
+    servers = supervisor.ManagedServers(Serve(), "model", "ipc", tmp_path, "")
+    waiting = threading.Thread(target=servers.wait)
+    waiting.start()
+    try:
+        for states in (["starting", "starting"], ["ready", "starting"], ["ready", "failed"]):
+            assert waiting.is_alive()
+            listed = [Server(f"server{i}", "http://127.0.0.1:1", state) for i, state in enumerate(states)]
+            write(servers.path, Endpoints(listed, "ipc", "secret"))
+            waiting.join(1)
+        assert not waiting.is_alive()
+    finally:
+        servers.stop()

@@ -41,10 +41,15 @@ def servers():
 def engine_of(tmp_path):
     engines = []
 
-    def build(servers, score=lambda tokens: [LOGPROB] * (len(tokens) - 1), **settings) -> ServerEngine:
+    def build(
+        servers, score=lambda tokens: [LOGPROB] * (len(tokens) - 1), release_memory=lambda: None, **settings
+    ) -> ServerEngine:
         urls = ",".join(server.url for server in servers)
         rollout = Rollout(engine="vllm", servers=urls, transport="shm", **{"no_server_timeout": 3, **settings})
-        policy = Policy(score, probe=[3, 4], probe_tokens=4, stop_ids=[0], rank=0, broadcast=lambda value: value)
+        policy = Policy(
+            score, probe=[3, 4], probe_tokens=4, stop_ids=[0], rank=0, ranks=1, broadcast=lambda value: value,
+            release_memory=release_memory,
+        )  # fmt: skip
         transport = FileTransport(WeightSource(nn.Linear(2, 2), torch.float32), tmp_path, writes=True)
         engines.append(ServerEngine(rollout, ServerRegistry(rollout, None), transport, policy))
         return engines[-1]
@@ -264,6 +269,55 @@ def test_a_server_that_forgets_its_weights_is_given_them_again(engine_of, server
             break
         time.sleep(0.2)
     assert servers[0].version == label and servers[0].asked["update_weights"] == 2
+
+
+def test_a_sleeping_server_is_woken_as_memory_becomes_free(engine_of, servers):
+    [server] = used = servers[:1]
+    engine = engine_of(used, sleep=True, release_memory=lambda: server.calls.append("empty_cache"))
+    for step in range(2):
+        server.calls.clear()
+        engine.sync_weights(step)
+        generate(engine, asked(), SAMPLING)
+        engine.end_generation()
+        order = ["empty_cache", "wake_up(weights)", "update_weights", "wake_up(kv_cache)", "completions", "sleep"]
+        places = [server.calls.index(call) for call in order]
+        assert places == sorted(places), server.calls
+        assert server.asked["wake_up"] == 2 * (step + 1)
+    server.calls.clear()
+    generate(engine, asked(), SAMPLING)  # another generation of the same step
+    assert server.calls[:4] == ["empty_cache", "wake_up(weights)", "wake_up(kv_cache)", "completions"]
+
+
+def test_a_server_that_does_not_wake_is_given_no_weights(engine_of, servers, monkeypatch):
+    monkeypatch.setattr(engine_module, "MONITOR_SECONDS", 0.1)
+    engine = engine_of(servers, sleep=True)
+    engine.sync_weights(0)
+    engine.end_generation()
+    servers[0].refused["wake_up"] = "500"
+    engine.sync_weights(1)
+    assert servers[0].asked["update_weights"] == 1 and servers[1].asked["update_weights"] == 2
+    assert [r.request for r in generate(engine, asked(), SAMPLING)] == asked()
+    assert servers[0].asked["update_weights"] == 1
+    assert engine.metrics()["rollout/errors/status_500"] >= 1
+    servers[0].refused.clear()
+    for _ in range(100):  # it is tried again after a pause
+        generate(engine, asked(), SAMPLING)
+        if servers[0].version == servers[1].version:
+            break
+        time.sleep(0.1)
+    assert servers[0].version == servers[1].version and not servers[0].asleep
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_server_that_another_run_left_asleep_is_woken(engine_of, servers, trains):
+    servers[0].asleep = {"weights", "kv_cache"}
+    engine = engine_of(servers[:1])
+    if trains:
+        engine.sync_weights(0)
+    else:
+        engine.use_loaded_weights()
+    assert not servers[0].asleep
+    assert len(generate(engine, asked(), SAMPLING)) == len(asked())
 
 
 @pytest.mark.parametrize("difference", [1.0, float("nan")])

@@ -1,12 +1,16 @@
 """Servers that exist and cannot do what a run will ask of them: refused before anything is written."""
 
+from types import SimpleNamespace
+
 import pytest
 from stub_server import StubServer
 
 from r1dist.config import GRPORun, Model, Rollout, SampleRun
 from r1dist.config.loader import build
 from r1dist.errors import UserError
+from r1dist.generation.trainer_engines import training_servers
 from r1dist.generation.vllm import start
+from r1dist.generation.vllm.devices import GIB, GPU
 from r1dist.generation.vllm.endpoints import Endpoints, Server, write
 from r1dist.generation.vllm.limits import Demand, check_running
 from r1dist.rl.train import train
@@ -129,3 +133,38 @@ def test_it_is_refused_before_anything_is_written(server, small_grpo, tmp_path, 
             tree = {"output_dir": str(tmp_path / "run"), "generators": [generator], "rollout": rollout}
             sample(build(SampleRun, tree, "run.yaml"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def begin(small_grpo, tokenizer, monkeypatch):
+    """The first rank's servers, checked and not started, for two processes on each machine."""
+    monkeypatch.setattr(start, "require_vllm", lambda: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+    def begin(rollout: dict, processes: int = 2, **fields):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        run = build(GRPORun, {**small_grpo, **fields, "rollout": {"engine": "vllm", **rollout}}, "run.yaml")
+        return training_servers(run, "float32", SimpleNamespace(tokenizer=tokenizer), [[1]], rank=0)
+
+    return begin
+
+
+def test_the_servers_of_one_machine_are_not_for_trainers_on_several(begin):
+    with pytest.raises(UserError, match=r"listen at 127.0.0.1, for one machine, .*\nUse launch/job.py"):
+        begin({}, processes=4)
+    begin({}, processes=2)
+    begin({"serve": {"host": "0.0.0.0"}}, processes=4)
+
+
+def test_a_trainer_on_the_cpu_beside_gpus_shares_none(begin, monkeypatch):
+    monkeypatch.setattr(start, "visible_gpus", lambda: (GPU(79 * GIB, 80 * GIB),))
+    with pytest.raises(UserError, match="tensor_parallel to 2"):
+        begin({})
+    planned = []
+    plan = start.plan_servers
+    monkeypatch.setattr(start, "plan_servers", lambda *args: planned.append(plan(*args)))
+    begin({}, use_cpu=True)
+    [(serve, transport)] = planned
+    assert (serve.devices, serve.sleep, transport) == ("0", False, "shm")
+    with pytest.raises(UserError, match=r"transport: `ipc` is between GPUs, and the trainer has none"):
+        begin({"transport": "ipc"}, use_cpu=True)

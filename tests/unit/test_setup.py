@@ -122,6 +122,8 @@ def test_so_does_every_other_trainer(tmp_path, monkeypatch, loaded_onto, train, 
         (True, {}, "bfloat16"),
         (True, {"fp16": True}, "float16"),
         (True, {"bf16": False}, "float32"),
+        (True, {"use_cpu": True}, "float32"),
+        (False, {"use_cpu": True}, "float32"),
         (False, {}, "float16"),  # Turing
         (False, {"fp16": False}, "float32"),
         (False, {"bf16": True}, "bfloat16"),

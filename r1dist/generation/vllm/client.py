@@ -75,9 +75,13 @@ class Client:
         return field_of(await self.call("GET", "/weight_info", timeout=timeout), "weight_version", str)
 
     async def complete(
-        self, prompt_ids: list[int], n: int, seed: int, sampling: Sampling, stop_ids: list[int], timeout: float
-    ) -> list[Completion]:
-        """`n` completions of one prompt. vLLM draws completion i with `seed + i`, and refuses several greedy ones."""
+        self, prompt_ids: list[int], n: int, seed: int, sampling: Sampling, stop_ids: list[int],
+        timeout: float | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """`n` completions of one prompt. vLLM draws completion i with `seed + i`, and refuses several greedy ones.
+
+        Without a `timeout` it waits for as long as the connection lasts.
+        """
         drawn = n if sampling.temperature else 1
         body = {
             "prompt": prompt_ids,
@@ -111,7 +115,7 @@ class Client:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServerError("garbage", "no logprobs of the prompt in the answer") from error
 
-    async def call(self, method: str, path: str, body: dict | None = None, timeout: float = 60.0) -> Any:
+    async def call(self, method: str, path: str, body: dict | None = None, timeout: float | None = 60.0) -> Any:
         """The answer's JSON (None if it is empty)."""
         _, text = await self._answer(method, path, body, timeout)
         try:
@@ -120,7 +124,7 @@ class Client:
             raise ServerError("garbage", f"{path} answers what is no JSON: {text[:60]!r}") from error
 
     async def _answer(
-        self, method: str, path: str, body: dict | None, timeout: float
+        self, method: str, path: str, body: dict | None, timeout: float | None
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         try:
             async with self.session.request(

@@ -120,8 +120,8 @@ def _check_shared(serve: Serve, transport: str, numbers: list[int], trainers: in
     if not spans_all or sorted(numbers) != list(range(trainers)):
         raise UserError(
             f"{where.rstrip('.')}: on the GPUs of {trainers} training processes there is room for one server that "
-            f"spans them all.\nSet replicas and data_parallel to 1 and tensor_parallel to {trainers}, or give "
-            "`devices` of their own."
+            f"spans them all.\nSet replicas and data_parallel to 1 and tensor_parallel to {trainers}, give `devices` "
+            "of their own, or set `rollout.engine: transformers`."
         )
 
 

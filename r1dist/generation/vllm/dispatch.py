@@ -2,7 +2,8 @@
 
 A server is *trusted* until it or a request fails there; then it is *tried* with one group at a time, when its back-off
 is over and it holds the right weights, until a group is finished. A failed request costs that request alone. Groups go
-to the trusted server with the fewest samples in flight.
+to the trusted server with the fewest samples in flight. A request may wait in a server's queue for as long as the
+server makes progress: sent again, it would be at the queue's end.
 """
 
 import asyncio
@@ -74,6 +75,8 @@ class ServerState:
     last_doubted: float = -math.inf
     last_error: str = "never came up"
     tasks: set[asyncio.Task] = field(default_factory=set)
+    awake: set[str] = field(default_factory=set)
+    """What it is known to hold in its memory, of `weights` and `kv_cache`; it may have been left asleep."""
 
     def heard(self) -> None:
         """It has answered a probe."""
@@ -98,9 +101,14 @@ class ServerState:
         """The server itself fails: take it out, and cancel its requests."""
         self.doubted(error)
         self.version = None
+        self.awake.clear()
         logger.warning("server %s is taken out: %s", self.name, error)
         for task in self.tasks:
             task.cancel()
+
+    def last_progress(self) -> float:
+        """When it was last seen to finish a group, or to compute for anybody."""
+        return max(self.last_finished, self.liveness.last_computed if self.liveness else -math.inf)
 
     def ready(self, version: str) -> bool:
         return self.client is not None and self.version == version and time.monotonic() >= self.not_before
@@ -112,7 +120,9 @@ class Dispatcher:
     Args:
         servers: The servers; they may change during `run`.
         ask: Sends one group to one client and gives its completions; raises `ServerError`.
-        max_concurrent_requests: Samples at one server at a time; the rest waits here, where it can still be moved.
+        max_concurrent_requests: This rank's samples at one server at a time; the others wait here, where they can
+            still be moved.
+        request_timeout: Seconds without progress of its server after which a group is sent again.
         no_server_timeout: Seconds without an answer of any server after which `run` gives up.
         counts: Where failures by kind and re-sent groups are counted.
     """
@@ -122,12 +132,14 @@ class Dispatcher:
         servers: dict[str, ServerState],
         ask: Callable[[Client, Group], Coroutine[Any, Any, list[Completion]]],
         max_concurrent_requests: int,
+        request_timeout: float,
         no_server_timeout: float,
         counts: Counter,
     ):
         self.servers = servers
         self.ask = ask
         self.max_concurrent_requests = max_concurrent_requests
+        self.request_timeout = request_timeout
         self.no_server_timeout = no_server_timeout
         self.counts = counts
 
@@ -138,6 +150,7 @@ class Dispatcher:
         """
         waiting = deque(groups)
         running: dict[asyncio.Task, tuple[Group, ServerState, float]] = {}
+        late: set[asyncio.Task] = set()
         in_order = time.monotonic()
         try:
             while waiting or running:
@@ -155,13 +168,18 @@ class Dispatcher:
                     group, server, asked = running.pop(task)
                     server.in_flight -= len(group.requests)
                     server.tasks.discard(task)
-                    completions = self._outcome(task, server, asked)
+                    completions = self._outcome(task, server, asked, task in late)
+                    late.discard(task)
                     if completions is None:
                         self.counts["resent"] += 1
                         waiting.appendleft(group)
                     else:
                         yield group, completions
                 now = time.monotonic()
+                for task, (_, server, asked) in running.items():
+                    if now - max(asked, server.last_progress()) > self.request_timeout:
+                        late.add(task)
+                        task.cancel()
                 if any(server.trusted and server.ready(version) for server in self.servers.values()):
                     in_order = now
                 if now - max(in_order, *(s.last_heard for s in self.servers.values())) > self.no_server_timeout:
@@ -181,10 +199,11 @@ class Dispatcher:
         # One group at a time goes to a server on trial, however much room the others have: else it would stay there.
         return min(fitting, key=lambda server: (server.trusted, server.in_flight), default=None)
 
-    def _outcome(self, task: asyncio.Task, server: ServerState, asked: float) -> list[Completion] | None:
-        if task.cancelled():  # by `ServerState.failed`
+    def _outcome(self, task: asyncio.Task, server: ServerState, asked: float, late: bool) -> list[Completion] | None:
+        if task.cancelled() and not late:  # by `ServerState.failed`
             return None
-        error = task.exception()
+        no_progress = f"no progress for {self.request_timeout:g} s (rollout.request_timeout)"
+        error = ServerError("late", no_progress) if task.cancelled() else task.exception()
         if error is None:
             server.succeeded()
             return task.result()

@@ -17,15 +17,20 @@ import aiohttp
 
 from ...config import Rollout as RolloutSettings
 from ..engine import GenerationHandle, Request, Rollout, RolloutsLost, Sampling
-from ..weight_sync.transports import Transport
+from ..weight_sync.transports import Transport, name_weights
 from .client import UNTOUCHED, Client, Completion, ServerError, open_session
 from .dispatch import Dispatcher, Group, ServerState, groups_of
 from .endpoints import ServerRegistry
+from .handle import QueueHandle
 from .liveness import Liveness
 
 logger = logging.getLogger(__name__)
 
 MONITOR_SECONDS = 1.0
+SECONDS_PER_TOKEN = 0.1
+"""That a completion may take; a GPU takes a tenth to a third of it."""
+SLEEP_TAGS = ("weights", "kv_cache")
+"""What vLLM releases when it sleeps."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,12 @@ class Policy:
     stop_ids: list[int]
     """Token ids that end a completion."""
     rank: int
+    ranks: int
+    """How many processes ask the same servers."""
     broadcast: Callable[[Any], Any]
     """Gives every rank the first one's value."""
+    release_memory: Callable[[], None] = lambda: None
+    """Gives the memory that the trainer keeps unused back to the GPU, on every rank. A collective that waits."""
 
 
 class ServerEngine:
@@ -73,8 +82,10 @@ class ServerEngine:
         self._label = ""
         self._expected: tuple[list[int], list[float]] | None = None
         self._logp_diff: float | None = None
-        self._generating = False
         self._asleep = False
+        self._weights = threading.Lock()
+        """Held by the trainer, except while it waits for rollouts: its weights stand still then."""
+        self._weights.acquire()
         self._monitor_task: Future | None = None
         self._heartbeats: dict[str, asyncio.Task] = {}
         self._loop = asyncio.new_event_loop()
@@ -87,11 +98,17 @@ class ServerEngine:
             self._stop_monitor()
         else:
             self._together(self._wait_for_servers)
-        self._wake()
         self._expected = None
         self._label, self.version = f"{self._run_id}-{version}", version
-        self.transport.publish(self._label, [server.client for server in self._up()])
-        tokens = self._together(lambda: self._wait(self._give_to_all()))
+        self._wake("weights")
+        woken = [server for server in self._up() if "weights" in server.awake]
+        errors = self.transport.publish(self._label, [server.client for server in woken])
+        for server in woken:
+            if server.client.url in errors:
+                self._take_out(server, errors[server.client.url])
+        holding = [server for server in woken if server.client.url not in errors]
+        self._release_memory()
+        tokens = self._together(lambda: self._wait(self._give_to_all(holding)))
         self._expected = (tokens, self.policy.score(tokens))
         self._together(lambda: self._wait(self._check_all()))
         if self.first:
@@ -100,6 +117,7 @@ class ServerEngine:
     def use_loaded_weights(self) -> None:
         """Use the weights that the servers came up with. Raises `RolloutsLost` if none comes up."""
         self._together(self._wait_for_servers)
+        self._wake(*SLEEP_TAGS)
         self._label, self.version = UNTOUCHED, 0
 
     def stream(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Rollout]]:
@@ -111,20 +129,19 @@ class ServerEngine:
 
     def submit(self, requests: list[Request], sampling: Sampling) -> GenerationHandle:
         """`stream` for a caller that has other work in the meantime. Weights must not be synced while it lasts."""
-        self._wake()
+        if self._asleep:
+            self._wake(*SLEEP_TAGS)
         finished: queue.SimpleQueue = queue.SimpleQueue()
-        self._generating = True
         self._start_monitor()
         producer = asyncio.run_coroutine_threadsafe(self._produce(requests, sampling, finished.put), self._loop)
         producer.add_done_callback(lambda _: finished.put(None))
-        return QueueHandle(producer, finished)
+        return QueueHandle(producer, finished, self._weights)
 
     def end_generation(self) -> None:
-        self._generating = False
         if self.settings.sleep or not self.first:
             self._stop_monitor()
         if self.settings.sleep and self.first:
-            self._wait(self._call_all("/sleep?level=1"))
+            self._wait(self._for_all(self._put_to_sleep))
         self._asleep = self.settings.sleep
 
     def metrics(self) -> dict[str, float]:
@@ -161,10 +178,9 @@ class ServerEngine:
                 "no server came up. " + "; ".join(f"{n}: {x.last_error}" for n, x in self.servers.items())
             )
 
-    async def _give_to_all(self) -> list[int]:
-        """Give the weights to every server that is up; returns the tokens to compare on."""
-        await self._refresh()
-        given = await asyncio.gather(*(self._attempt(server, self._give) for server in self._up()))
+    async def _give_to_all(self, servers: list[ServerState]) -> list[int]:
+        """Give the weights to these servers; returns the tokens to compare on."""
+        given = await asyncio.gather(*(self._attempt(server, self._give) for server in servers))
         drawn: list[int] = []
 
         async def draw(server: ServerState) -> None:
@@ -180,7 +196,12 @@ class ServerEngine:
         return self.policy.probe
 
     async def _give(self, server: ServerState) -> None:
-        await self.transport.give(server.client, self._label, self.settings.sync_timeout, self._generating)
+        """The cache is woken last: until then its memory is there for the transfer."""
+        timeout = self.settings.sync_timeout
+        await self._wake_server(server, "weights")
+        await self.transport.give(server.client, self._label, timeout, self._weights)
+        await self._wake_server(server, "kv_cache")
+        await name_weights(server.client, self._label, timeout)
         server.version = self._label
 
     async def _check_all(self) -> None:
@@ -234,6 +255,8 @@ class ServerEngine:
                 raise ServerError("logprobs", str(error)) from error
             logger.info("server %s has the weights of step %d", server.name, self.version)
         else:
+            if self.first:
+                await self._wake_server(server, *SLEEP_TAGS)
             server.version = version
 
     async def _stop_heartbeats(self) -> None:
@@ -255,6 +278,7 @@ class ServerEngine:
                 server.client = Client(self._session, entry.url, endpoints.token)
                 server.liveness = Liveness(server.client, self.settings.health_timeout)
                 server.version, server.not_before = None, 0.0
+                server.awake.clear()
 
     async def _attempt(self, server: ServerState, act: Callable[[ServerState], Coroutine]) -> ServerState | None:
         """The server if it worked; a server's error, or its death meanwhile, takes it out and is counted."""
@@ -266,13 +290,16 @@ class ServerEngine:
                 await self._probe(server)
             acting.result()
         except ServerError as error:
-            self.counts[f"errors/{error.kind}"] += 1
-            server.failed(error)
+            self._take_out(server, error)
             return None
         finally:
             if acting is not None:
                 acting.cancel()
         return server
+
+    def _take_out(self, server: ServerState, error: ServerError) -> None:
+        self.counts[f"errors/{error.kind}"] += 1
+        server.failed(error)
 
     async def _probe(self, server: ServerState) -> None:
         await server.liveness.probe(self.settings.health_timeout)
@@ -288,31 +315,45 @@ class ServerEngine:
         async def ask(client: Client, group: Group) -> list[Completion]:
             first = group.requests[0]
             return await client.complete(
-                first.prompt_ids, len(group.requests), first.seed, sampling, self.policy.stop_ids,
-                self.settings.request_timeout,
-            )  # fmt: skip
+                first.prompt_ids, len(group.requests), first.seed, sampling, self.policy.stop_ids
+            )
 
         settings = self.settings
-        dispatcher = Dispatcher(
-            self.servers, ask, settings.max_concurrent_requests, settings.no_server_timeout, self.counts
-        )
+        # A server that does not say how its engine does shows progress only when a prompt's completions are finished.
+        patience = max(settings.request_timeout, SECONDS_PER_TOKEN * sampling.max_tokens)
+        most = max(1, settings.max_concurrent_requests // self.policy.ranks)
+        dispatcher = Dispatcher(self.servers, ask, most, patience, settings.no_server_timeout, self.counts)
         async for group, completions in dispatcher.run(groups_of(requests), self._label):
             for place, request, completion in zip(group.places, group.requests, completions, strict=True):
                 ids, logprobs, reason = completion.token_ids, completion.logprobs, completion.finish_reason
                 put((place, Rollout(request, ids, logprobs, reason, self.version)))
 
-    # Sleep
+    # Sleep. A server may have been left asleep by another run, so each is woken before it is first used.
 
-    def _wake(self) -> None:
-        if self._asleep:
-            self._together(lambda: self._wait(self._call_all("/wake_up")))
-            self._asleep = False
+    def _wake(self, *tags: str) -> None:
+        """Wake these parts of every server that is up; one that fails is taken out. A collective."""
+        self._release_memory()
+        self._together(lambda: self._wait(self._for_all(lambda server: self._wake_server(server, *tags))))
+        self._asleep = False
 
-    async def _call_all(self, path: str) -> None:
-        def call(server: ServerState) -> Coroutine:
-            return server.client.call("POST", path, timeout=self.settings.request_timeout)
+    def _release_memory(self) -> None:
+        if self.settings.sleep:
+            self.policy.release_memory()
 
-        await asyncio.gather(*(self._attempt(server, call) for server in self._up()))
+    async def _wake_server(self, server: ServerState, *tags: str) -> None:
+        """To a server that is awake, vLLM does nothing either."""
+        for tag in tags:
+            if tag not in server.awake:
+                await server.client.call("POST", f"/wake_up?tags={tag}", timeout=self.settings.sync_timeout)
+                server.awake.add(tag)
+
+    async def _put_to_sleep(self, server: ServerState) -> None:
+        server.awake.clear()
+        await server.client.call("POST", "/sleep?level=1", timeout=self.settings.sync_timeout)
+
+    async def _for_all(self, act: Callable[[ServerState], Coroutine]) -> None:
+        await self._refresh()
+        await asyncio.gather(*(self._attempt(server, act) for server in self._up()))
 
     def _wait(self, coroutine: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -329,39 +370,6 @@ class ServerEngine:
         if lost is not None:
             raise RolloutsLost(lost)
         return value
-
-
-class QueueHandle:
-    """A `GenerationHandle` over a queue that the engine's thread fills."""
-
-    def __init__(self, producer: Future, finished: queue.SimpleQueue):
-        self._producer = producer
-        self._finished = finished
-        self.done = False
-        """Whether nothing more will come."""
-
-    def __iter__(self) -> Iterator[tuple[int, Rollout]]:
-        while not self.done:
-            yield from self._next(block=True)
-        self._producer.result()
-
-    def arrived(self) -> Iterator[tuple[int, Rollout]]:
-        """Those that have arrived; does not wait, raises nothing."""
-        while not self.done:
-            try:
-                yield from self._next(block=False)
-            except queue.Empty:
-                return
-
-    def cancel(self) -> None:
-        self._producer.cancel()
-
-    def _next(self, block: bool) -> Iterator[tuple[int, Rollout]]:
-        item = self._finished.get(block)
-        if item is None:
-            self.done = True
-        else:
-            yield item
 
 
 async def _open_session() -> aiohttp.ClientSession:

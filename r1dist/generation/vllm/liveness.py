@@ -1,5 +1,6 @@
 """Whether a server is alive: it answers, and while it has requests its engine computes or tokens arrive."""
 
+import math
 import time
 
 from .client import Client, Health, ServerError
@@ -24,12 +25,16 @@ class Liveness:
         """Since when it is not seen to compute, with what it said then."""
         self._before: tuple[float, Health] | None = None
         """The probe before."""
+        self.last_computed = -math.inf
+        """When a probe last saw that it had computed for requests, on the clock of `time.monotonic`."""
 
     async def probe(self, timeout: float) -> None:
         """Raises `ServerError`: what `Client.health` raises, or `hung`."""
         health = await self.client.health(timeout)
         now = time.monotonic()
         before, self._before = self._before, (now, health)
+        if before is not None and before[1].running and before[1].tokens != health.tokens:
+            self.last_computed = now
         # After a pause in which nobody looked, its requests may have just begun.
         watched = before is not None and before[1].running and now - before[0] <= self.patience
         if self._idle is None or not health.running or not watched or self._computed(self._idle[1], health):

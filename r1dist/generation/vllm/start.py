@@ -173,9 +173,7 @@ def _told(serve: Serve, transport: str, trainers: int) -> str:
     return f"{who} on {where}{shared}; weights by {transport}{sleeps}"
 
 
-def connect(
-    rollout: Rollout, folder: Path, source: WeightSource, policy: Policy, world_size: int, trainers: int
-) -> ServerEngine:
+def connect(rollout: Rollout, folder: Path, source: WeightSource, policy: Policy, trainers: int) -> ServerEngine:
     """The engine over the servers that `rollout.servers` names. Every rank calls it.
 
     `trainers`: as for `start_managed`.
@@ -188,12 +186,14 @@ def connect(
     rollout = dataclasses.replace(rollout, sleep=policy.broadcast(sleeps(rollout, shared)))
     registry = _registry(rollout, folder)
     transport = registry.read().transport
-    return ServerEngine(rollout, registry, _transport(rollout, transport, source, policy, world_size), policy)
+    return ServerEngine(rollout, registry, _transport(rollout, transport, source, policy), policy)
 
 
 def connect_fixed(rollout: Rollout, folder: Path, stop_ids: list[int]) -> ServerEngine:
     """The engine over those servers with the weights that they came up with. Raises `RolloutsLost`."""
-    policy = Policy(score=None, probe=[], probe_tokens=0, stop_ids=stop_ids, rank=0, broadcast=lambda value: value)
+    policy = Policy(
+        score=None, probe=[], probe_tokens=0, stop_ids=stop_ids, rank=0, ranks=1, broadcast=lambda value: value
+    )
     engine = ServerEngine(rollout, _registry(rollout, folder), None, policy)
     try:
         engine.use_loaded_weights()
@@ -211,7 +211,7 @@ def _registry(rollout: Rollout, folder: Path) -> ServerRegistry:
     return ServerRegistry(rollout, managed)
 
 
-def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy, world_size: int) -> Transport:
+def _transport(rollout: Rollout, name: str, source: WeightSource, policy: Policy) -> Transport:
     if name == "shm":
         return FileTransport(source, Path(rollout.weights_folder), writes=policy.rank == 0)
-    return GPUTransport(source, name, policy.rank, world_size, policy.broadcast)
+    return GPUTransport(source, name, policy.rank, policy.ranks, policy.broadcast, rollout.sync_timeout)

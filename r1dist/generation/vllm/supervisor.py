@@ -26,7 +26,7 @@ from ..ports import free_port
 from ..weight_sync.scratch import sweep
 from .client import Client, ServerError, open_session
 from .command import command, environment
-from .endpoints import Endpoints, Server, write
+from .endpoints import Endpoints, Server, read, write
 from .liveness import Liveness
 
 logger = logging.getLogger("r1dist.servers")
@@ -214,6 +214,7 @@ class ManagedServers:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = endpoints_path(folder)
         self.path.unlink(missing_ok=True)  # of a run that was killed
+        self.transport = transport
         settings = {
             "serve": dataclasses.asdict(serve),
             "model": model,
@@ -227,6 +228,13 @@ class ManagedServers:
                 [sys.executable, "-m", __name__, json.dumps(settings)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+
+    def wait(self) -> None:
+        """Wait until each server is up or has failed for good."""
+        while self.process.poll() is None:
+            if self.path.exists() and all(server.state != "starting" for server in read(self.path).servers):
+                return
+            time.sleep(TICK)
 
     def stop(self) -> None:
         self.process.terminate()

@@ -6,36 +6,43 @@ that server does not hold what was published last.
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Protocol
 
-from ..ports import address_towards, free_port
 from ..vllm.client import Client, ServerError
 from .files import write_folder
 from .scratch import own_folder, sweep
 from .source import WeightSource
 
+if TYPE_CHECKING:
+    from .gpu import ServerLink
+
+LOCK_SECONDS = 1.0
+
 
 class Transport(Protocol):
     """Carries the weights of one `WeightSource` to servers."""
 
-    def publish(self, label: str, clients: list[Client]) -> None:
-        """Make the current weights available as `label`. A collective; `clients` are the first rank's."""
+    def publish(self, label: str, clients: list[Client]) -> dict[str, ServerError]:
+        """Make the current weights available as `label`. A collective; `clients` are the first rank's.
 
-    async def give(self, client: Client, label: str, timeout: float, still: bool) -> None:
-        """Bring one server to `label`, its caches of the old weights dropped; raises `ServerError`.
+        Returns, on the first rank, why servers could not be given them, by URL.
+        """
 
-        `still`: the trainer waits for rollouts, so its own weights can be read right now.
+    async def give(self, client: Client, label: str, timeout: float, weights: threading.Lock) -> None:
+        """Bring one server to the weights of `label`; raises `ServerError`.
+
+        `weights`: Held by the trainer, except while it waits for rollouts: who holds it may read its weights.
         """
 
     def close(self) -> None:
         """Remove what is left lying about."""
 
 
-async def begin_and_finish(client: Client, label: str, update: dict, timeout: float) -> None:
-    """One update of vLLM's weights in its three calls, then the old weights' cache dropped."""
+async def begin_and_finish(client: Client, update: dict, timeout: float) -> None:
+    """One update of vLLM's weights in its three calls."""
     try:
         await client.call("POST", "/start_weight_update", timeout=timeout)
     except ServerError as error:
@@ -46,7 +53,6 @@ async def begin_and_finish(client: Client, label: str, update: dict, timeout: fl
         await client.call("POST", "/start_weight_update", timeout=timeout)
     await client.call("POST", "/update_weights", {"update_info": update}, timeout=timeout)
     await client.call("POST", "/finish_weight_update", timeout=timeout)
-    await name_weights(client, label, timeout)
 
 
 async def name_weights(client: Client, label: str, timeout: float) -> None:
@@ -75,19 +81,20 @@ class FileTransport:
             sweep(folder)
             self.root.mkdir(mode=0o700, parents=True)
 
-    def publish(self, label: str, clients: list[Client]) -> None:
+    def publish(self, label: str, clients: list[Client]) -> dict[str, ServerError]:
         if not self.writes:
             for _ in self.source.buckets(wanted=False):
                 pass
-            return
+            return {}
         former = list(self.root.iterdir())
         self.digest = write_folder(self.root / label, self.source.buckets())
         for folder in former:
             shutil.rmtree(folder)
+        return {}
 
-    async def give(self, client: Client, label: str, timeout: float, still: bool) -> None:
+    async def give(self, client: Client, label: str, timeout: float, weights: threading.Lock) -> None:
         update = {"folder": str(self.root / label), "digest": self.digest}
-        await begin_and_finish(client, label, update, timeout)
+        await begin_and_finish(client, update, timeout)
 
     def close(self) -> None:
         if self.writes:
@@ -97,57 +104,73 @@ class FileTransport:
 class GPUTransport:
     """`ipc` and `nccl`: vLLM's own engines, one for each server, so that a dead one does not stop the others.
 
-    Simplified: the weights are gathered once for each server. A server that comes back between two syncs is
-    given them at once by a single trainer process, and at the next sync by several, since sending is a
-    collective and the weights are in no file.
+    Simplified: the weights are gathered once for each server. A server that comes back between two syncs is given
+    them by a single trainer process as soon as that waits for rollouts, and at the next sync by several, since
+    sending is a collective and the weights are in no file.
 
     Args:
         source: The weights.
         backend: `ipc` or `nccl`.
         rank, world_size: This trainer process's place; the first one sends.
         broadcast: Gives every rank the first one's value.
+        timeout: Seconds for each call by which a server takes new weights.
     """
 
-    def __init__(self, source: WeightSource, backend: str, rank: int, world_size: int, broadcast: Callable):
+    def __init__(
+        self, source: WeightSource, backend: str, rank: int, world_size: int, broadcast: Callable, timeout: float
+    ):
         self.source = source
         self.backend = backend
         self.rank = rank
         self.world_size = world_size
         self.broadcast = broadcast
-        self.engines: dict[str, Any] = {}
+        self.timeout = timeout
+        self.links: dict[str, ServerLink] = {}
+        """By URL; the same servers on every rank."""
 
-    def publish(self, label: str, clients: list[Client]) -> None:
+    def publish(self, label: str, clients: list[Client]) -> dict[str, ServerError]:
         by_url = {client.url: client for client in clients}
         urls = self.broadcast(list(by_url))
-        for url in self.engines.keys() - set(urls):
-            del self.engines[url]
-        for url in urls:
-            self._send(url, by_url.get(url))
+        for url in self.links.keys() - set(urls):
+            self.links.pop(url).close()
+        errors = {url: self._send(url, by_url.get(url)) for url in urls}
+        return {url: error for url, error in errors.items() if error is not None}
 
-    async def give(self, client: Client, label: str, timeout: float, still: bool) -> None:
-        if client.url not in self.engines:
-            if not (still and self.world_size == 1):
-                raise ServerError("waiting", f"it is given weights over {self.backend} at the next sync")
-            await asyncio.to_thread(self._send, client.url, client)
-        await name_weights(client, label, timeout)
+    async def give(self, client: Client, label: str, timeout: float, weights: threading.Lock) -> None:
+        if client.url in self.links:
+            return
+        if self.world_size > 1:
+            raise ServerError("waiting", f"it is given weights over {self.backend} at the next sync")
+        await asyncio.to_thread(self._send_while_still, client, weights)
 
     def close(self) -> None:
-        for engine in self.engines.values():
-            engine.shutdown()
+        for link in self.links.values():
+            link.close()
 
-    def _send(self, url: str, client: Client | None) -> None:
-        if url not in self.engines:
-            self.engines[url] = self._join(client)
-        self.engines[url].send_weights()
+    def _send_while_still(self, client: Client, weights: threading.Lock) -> None:
+        if not weights.acquire(timeout=LOCK_SECONDS):
+            raise ServerError("waiting", "it is given weights once the trainer waits for rollouts")
+        try:
+            # A sync may have come first.
+            error = None if client.url in self.links else self._send(client.url, client)
+        finally:
+            weights.release()
+        if error is not None:
+            raise error
 
-    def _join(self, client: Client | None) -> Any:
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    def _send(self, url: str, client: Client | None) -> ServerError | None:
+        """Send one server the weights; returns, on the first rank, why that failed. A collective."""
+        link = self.links.get(url) or self._new_link(client)
+        stages = [link.send] if url in self.links else [link.join, link.send]
+        self.links[url] = link
+        for stage in stages:
+            stage()
+            if self.broadcast(link.error is not None):  # then every rank forgets it
+                self.links.pop(url).close()
+                return link.error
+        return None
 
-        from .gpu import SyncClient, VLLMSource, init_info
+    def _new_link(self, client: Client | None) -> "ServerLink":
+        from .gpu import ServerLink
 
-        control = None if client is None else SyncClient(client)
-        workers = self.broadcast(None if control is None else control.world_size())
-        address = self.broadcast(None if client is None else address_towards(urlsplit(client.url).hostname))
-        port = self.broadcast(None if client is None else free_port())
-        info = init_info(self.backend, self.rank, address, port, 1 + workers)
-        return WeightTransferTrainerFactory.trainer_init(info, client=control, source=VLLMSource(self.source))
+        return ServerLink(self.source, self.backend, self.rank, self.world_size, client, self.timeout)
