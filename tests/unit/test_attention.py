@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from r1dist.cluster.memory import Sharding, training_memory
 from r1dist.cluster.plan import check_machine
-from r1dist.config import GRPORun, Model
+from r1dist.cluster.shapes import QWEN_HALF_BILLION
+from r1dist.config import GRPORun, Model, SFTRun
 from r1dist.config.loader import build
 from r1dist.errors import UserError
 from r1dist.models import VARLEN, attention, model_init_kwargs, why_missing
+from r1dist.sft.train import warn_of_masks
 
 HUB = "kernels-community/flash-attn2"
 
@@ -74,3 +77,25 @@ def test_a_kernel_that_is_not_there_is_refused_before_anything_is_loaded(kernel,
 
 def test_what_transformers_has_itself_is_there():
     assert [why_missing(kernel) for kernel in ("sdpa", "eager", "flex_attention")] == [None] * 3
+
+
+def test_packing_without_a_varlen_kernel_says_what_mends_it(gpu, caplog):
+    warn_of_masks("sdpa")  # nothing can be mended without a GPU
+    gpu()
+    warn_of_masks(HUB)
+    assert not caplog.records
+    warn_of_masks("sdpa")
+    assert "pip install -e '.[gpu]'" in caplog.text
+
+
+def test_masks_are_counted_unless_the_kernel_needs_none(gpu, installed):
+    tree = {"model": {"path": "Qwen/Qwen2.5-0.5B"}, "data": {"sources": [{"path": "tiny_sft"}]}, "output_dir": "x"}
+    tree |= {"max_length": 16384, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "bf16": True}
+
+    def activations() -> int:
+        run = build(SFTRun, tree, "test")
+        return training_memory(run, QWEN_HALF_BILLION, Sharding())["activations (training)"]
+
+    without = activations()
+    gpu()
+    assert without - activations() > 3 * 16384**2  # a byte for each pair of tokens, and two that are added to scores
