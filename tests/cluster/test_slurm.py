@@ -170,6 +170,7 @@ def test_a_recipe_as_a_chain_of_jobs(slurm, tmp_path):
     tree = {**SFT, "max_steps": 4, "save_steps": 2, "resume": "auto", "output_dir": "set by the pipeline"}
     write_yaml(tmp_path / "sft.yaml", tree)
     problems = {"data": {"sources": [{"path": "tiny", "limit": 8, "split": "test"}]}, "model": {"path": "tiny"}}
+    problems["rollout"] = {"engine": "transformers"}
     write_yaml(tmp_path / "evaluate.yaml", {**problems, "sampling": {"samples": 1, "max_tokens": 16}})
     pipeline = {
         "output_dir": str(tmp_path / "out"),

@@ -43,6 +43,7 @@ def small_recipe(folder: Path) -> dict:
         "model": {"path": "tiny"},
         "data": {"sources": [{"path": "tiny", "split": "test", "limit": 40}]},
         "sampling": {"samples": 2, "max_tokens": 48},
+        "rollout": {"engine": "transformers"},
     }
     rollout = {"engine": "transformers", "batch_size": 64}
     sampling = {"generators": [generator], "filters": {"language": None}, "rollout": rollout}

@@ -19,6 +19,7 @@ from r1dist.generation.vllm import start, supervisor
 from r1dist.generation.vllm.command import command, environment
 from r1dist.generation.vllm.devices import GIB, GPU
 from r1dist.generation.vllm.endpoints import Endpoints, Server, write
+from r1dist.generation.vllm.engine import Policy
 from r1dist.generation.vllm.plugin import OWNER
 from r1dist.generation.vllm.plugin.guard import TOKEN
 from r1dist.generation.vllm.start import plan_serve, plan_servers
@@ -136,6 +137,33 @@ def test_servers_have_the_gpus_that_they_are_given_and_no_others(monkeypatch, in
 )
 def test_a_server_claims_no_more_memory_than_is_free(card, trainers, settings, share):
     assert plan(1, trainers, card, serve=settings)[0].gpu_memory_utilization == share
+
+
+@pytest.mark.parametrize(
+    ("gpus", "trainers", "settings", "sleeps"),
+    [
+        (1, 1, {}, True),
+        (1, 1, {"max_staleness": 1}, False),
+        (1, 1, {"sleep": False}, False),
+        (2, 1, {}, False),
+        (2, 1, {"sleep": True}, True),
+        (0, 1, {}, False),
+        (1, 1, {"servers": "elsewhere.json"}, False),
+    ],
+)
+def test_every_rank_knows_whether_servers_sleep(tmp_path, monkeypatch, gpus, trainers, settings, sleeps):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.chdir(tmp_path)
+    for file in ("endpoints.json", "elsewhere.json"):
+        write(tmp_path / file, Endpoints([Server("server0")], "shm", "token"))
+    asked = []
+    policy = Policy(
+        score=None, probe=[], probe_tokens=0, stop_ids=[], rank=1, ranks=2,
+        broadcast=lambda value: asked.append(value) or value,
+    )  # fmt: skip
+    engine = start.connect(Rollout(engine="vllm", **settings), tmp_path, None, policy, trainers)
+    engine.close()
+    assert engine.settings.sleep is sleeps and asked[0] is sleeps
 
 
 def test_a_full_gpu_is_refused():
