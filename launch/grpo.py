@@ -2,20 +2,23 @@
 
 import os
 import sys
+from pathlib import Path
 
 from r1dist.config import GRPORun
 from r1dist.config.loader import config_path, parse
 from r1dist.errors import run_cli
 from r1dist.logs import set_up_logging
 
+RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
+
 
 def main(argv: list[str]) -> None:
     default = None
     if config_path(argv) is None:
-        from r1dist.cluster.recipes import RECIPES, r1_zero_by_memory
+        from r1dist.cluster.recipes import r1_zero_by_memory
         from r1dist.run.process import choose_default
 
-        default = choose_default(r1_zero_by_memory(), RECIPES / "tiny" / "r1_zero.yaml")
+        default = choose_default(r1_zero_by_memory(RECIPES), RECIPES / "tiny" / "r1_zero.yaml")
     set_up_logging()
     run = parse(GRPORun, argv, default, processes=int(os.environ.get("WORLD_SIZE", "1")))
     from r1dist.cluster.plan import check_machine, print_plan

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from r1dist.errors import EXIT_INTERRUPTED, RunStopped, UserError, run_cli
 
-RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "pipeline.yaml"
+LAUNCH = Path(__file__).resolve().parent
+RECIPE = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"
 KINDS = ("grpo", "sft", "reward_model", "sample", "pipeline")
 
 
@@ -26,8 +27,10 @@ def main(argv: list[str]) -> None:
     from r1dist.cluster.allocation import Cluster
     from r1dist.cluster.job_launcher import JobLauncher, PipelineJob
 
-    pipeline = kind == "pipeline"
-    work = PipelineJob(arguments, RECIPE, heard) if pipeline else JobLauncher(kind, arguments, Cluster.here(), heard)
+    if kind == "pipeline":
+        work = PipelineJob(arguments, RECIPE, heard, LAUNCH)
+    else:
+        work = JobLauncher(kind, arguments, Cluster.here(), heard, LAUNCH)
     if work.config.dry_run:
         print(work.plan())
         return

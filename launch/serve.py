@@ -28,6 +28,9 @@ def main(argv: list[str]) -> None:
         for _ in range(run.replicas):
             print(shlex.join(command(run, model, transport, port=0)))
         return
+    from r1dist.run.driver import require_usable_gpu
+
+    require_usable_gpu()
     require_vllm()
     path = Path(run.endpoints)
     if path.exists():

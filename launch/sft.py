@@ -1,16 +1,19 @@
 """Supervised fine-tuning: `accelerate launch launch/sft.py --config FILE [--field value ...]`."""
 
 import sys
+from pathlib import Path
 
 from r1dist.config import SFTRun
 from r1dist.config.loader import config_path, parse
 from r1dist.errors import run_cli
 
+RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
+
 
 def main(argv: list[str]) -> None:
     default = None
     if config_path(argv) is None:
-        from r1dist.cluster.recipes import RECIPES, least_gib
+        from r1dist.cluster.recipes import least_gib
         from r1dist.run.process import choose_default
 
         by_memory = {least_gib(): RECIPES / "qwen2.5-0.5b" / "sft.yaml"}

@@ -19,7 +19,7 @@ from .errors import UserError
 from .tiny import EMBEDDED
 
 VARLEN = "flash_attention_2"
-INSTALL_VARLEN = "`pip install -e '.[gpu]'`"
+INSTALL_VARLEN = "`make setup GPU=1`"
 
 
 def model_path(model: Model) -> str:

@@ -14,6 +14,9 @@ from pathlib import Path
 from conftest import ROOT
 
 NODES = {"n1": "127.0.0.11", "n2": "127.0.0.12"}
+CORES, MEMORY = 4, 4000
+"""Of each node; MiB."""
+EACH = f"CPUs={CORES} RealMemory={MEMORY} Gres=gpu:8"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 CONF = """
 ClusterName=test
@@ -32,7 +35,9 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=64
+GresTypes=gpu
 SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
@@ -51,12 +56,15 @@ class Slurm:
         self.daemons: list[subprocess.Popen] = []
         ports = [_free_port() for _ in range(1 + len(NODES))]
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr={address} Port={port} CPUs=4"
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr={address} Port={port} {EACH}"
             for (name, address), port in zip(NODES.items(), ports[1:], strict=True)
         )
         host = socket.gethostname()
         self.conf = folder / "slurm.conf"
         self.conf.write_text(CONF.format(host=host, ports=ports, folder=folder, nodes=nodes))
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+        for number in range(8):  # SLURM only looks whether a device's file is there
+            (folder / f"gpu{number}").touch()
         (folder / "state").mkdir()
         self.env = {
             **os.environ,

@@ -46,7 +46,7 @@ def placed(monkeypatch, kind: str, arguments: list[str], nodes: int, gpus: int) 
     monkeypatch.setattr(Cluster, "machines", lambda self, config: Machines(nodes, gpus, 80.0 if gpus else 0.0))
     for module in (plan, job_launcher):
         monkeypatch.setattr(module, "parameter_count", _counted)
-    return JobLauncher(kind, arguments, Cluster.here({}), [])
+    return JobLauncher(kind, arguments, Cluster.here({}), [], ROOT / "launch")
 
 
 COUNTS: dict[tuple, int] = {}

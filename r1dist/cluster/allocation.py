@@ -11,6 +11,7 @@ import torch
 from ..config import PlacementConfig
 from ..errors import UserError
 from ..generation.ports import address_towards
+from ..run.driver import require_usable_gpu
 from .placement import GIB, Machines
 
 # Each step may use all that the job has on its nodes; our own processes share it out.
@@ -51,7 +52,9 @@ class Cluster:
         return cls("planned", names, names)
 
     def machines(self, config: PlacementConfig) -> Machines:
-        """The nodes to place on: as the YAML says, else as found here."""
+        """The nodes to place on: as the YAML says, else as found here. Raises `UserError`."""
+        if config.gpus_per_node is None:
+            require_usable_gpu()
         gpus = torch.cuda.device_count() if config.gpus_per_node is None else config.gpus_per_node
         gib = config.gpu_gib
         if gib is None and gpus:

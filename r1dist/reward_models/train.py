@@ -65,7 +65,7 @@ class LabelTrainer(ResumableTrainer, Trainer):
 
 def train(run: RewardModelRun) -> None:
     """Train from `run.model`, save the model into `output_dir` and measure it on `run.holdout`."""
-    set_up_process()
+    set_up_process(use_cpu=run.trl.get("use_cpu", False))
     template = load_template(run.model, "chat")
     tokenizer = template.tokenizer
     check_lora(run.model, "SEQ_CLS")

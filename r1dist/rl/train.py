@@ -36,7 +36,7 @@ COLUMNS = {
 
 def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
-    set_up_process()
+    set_up_process(use_cpu=run.trl.get("use_cpu", False))
     check_lora(run.model)
     with Pool(verifiers_of(run.rewards), run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
         _train(run, pool)

@@ -90,4 +90,4 @@ def last_words(*logs: tuple[Path, int]) -> list[str]:
     # torchrun puts `[default0]:` before what its processes print
     lines = [re.sub(r"^\[\w+\]:\s?", "", line) for text in texts for line in text.splitlines()]
     reasons = [line for line in lines[-200:] if line.startswith(("error: ", "stopped: "))]
-    return (reasons or lines)[-LAST_LINES:]
+    return (list(dict.fromkeys(reasons)) or lines)[-LAST_LINES:]  # several processes end for the same reason

@@ -9,10 +9,15 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ..logs import set_up_logging
+from .driver import require_usable_gpu
 
 
-def set_up_process() -> None:
-    """Quiet libraries, our own log from rank 0, and what CPU runs need."""
+def set_up_process(use_cpu: bool = False) -> None:
+    """Quiet libraries, our own log from rank 0, and what CPU runs need.
+
+    Raises `UserError` where there is a GPU that torch cannot use, unless `use_cpu`.
+    """
+    require_usable_gpu(use_cpu)
     set_up_logging()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

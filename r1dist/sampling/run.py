@@ -29,7 +29,7 @@ from .select import Tally, filters_text, mixed, select
 logger = logging.getLogger(__name__)
 
 ROWS, REPORT, SAMPLES = "rows.jsonl", "report.json", "samples"
-INDIFFERENT = {"rollout", "verify", "dry_run", "output_dir"}  # to which rows are chosen
+INDIFFERENT = {"rollout", "verify", "placement", "dry_run", "output_dir"}  # to which rows are chosen
 
 
 def sample(run: SampleRun) -> dict:
@@ -40,7 +40,7 @@ def sample(run: SampleRun) -> dict:
     """
     set_up_process()
     folder = Path(run.output_dir)
-    with Pool(verifiers_of(()), run.verify) as pool:
+    with Pool(verifiers_of(()), run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
         asked = _prompts(run, pool)
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
             for generator, prompts in zip(run.generators, asked, strict=True):

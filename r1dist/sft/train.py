@@ -32,7 +32,7 @@ class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
 
 def train(run: SFTRun) -> None:
     """Fine-tune `run.model` and save it into `output_dir`."""
-    set_up_process()
+    set_up_process(use_cpu=run.trl.get("use_cpu", False))
     template = load_template(run.model, run.data.template)
     check_lora(run.model)
     dataset = completion_dataset(run.data, template, trl_value(run, "max_length"))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import stat
 import time
@@ -11,10 +13,16 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, launch, metrics, write_yaml
-from machines import until
+from machines import CORES, MEMORY, until
 from small_runs import SFT, SMALL_GRPO
 
+from r1dist.cluster.allocation import Cluster
+
 SCRIPTS = ROOT / "launch" / "slurm"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "cluster.md", *sorted(SCRIPTS.glob("*.slurm"))]
+DOCUMENTED = [
+    line for page in PAGES for line in re.findall(r"\bsbatch (--.*launch/slurm/\w+\.slurm)", page.read_text())
+]
 
 
 def submit(slurm, kind: str, log: Path, *words, options: tuple[str, ...] = ("--nodes=2",)) -> str:
@@ -33,6 +41,26 @@ def left_behind(folder: Path) -> list[str]:
     """Processes that still know of `folder`."""
     named = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
     return [words for words in named if str(folder) in words]
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_a_documented_line_gets_whole_nodes(slurm, tmp_path, line):
+    options = shlex.split(line)
+    nodes = next((int(word[len("--nodes=") :]) for word in options if word.startswith("--nodes=")), 1)
+    step = "scontrol show step -o $SLURM_JOB_ID.$SLURM_STEP_ID; echo cores=$SLURM_CPUS_ON_NODE"
+    srun = Cluster("job", ("any",) * nodes, ("",) * nodes).on(0, nodes)
+    srun = shlex.join(word for word in srun if not word.startswith("--nodelist"))
+    launcher = tmp_path / "python"  # in the place of the launcher's
+    launcher.write_text(f"#!/bin/sh\nscontrol show job -o $SLURM_JOB_ID\n{srun} sh -c '{step}'\n")
+    launcher.chmod(0o755)
+    log = tmp_path / "job.log"
+    job = slurm.submit(f"--export=ALL,R1DIST_PYTHON={launcher}", f"--output={log}", *options)
+    assert slurm.ended(f"{job}_0" if "--array" in line else job, 120) == "COMPLETED", log.read_text()
+    whole = f"TRES=cpu={CORES * nodes},mem={MEMORY * nodes}M,node={nodes}"
+    lines = log.read_text().splitlines()
+    seen = [line for line in lines if line.startswith(("JobId=", "StepId="))]
+    assert len(seen) == 1 + nodes and all(whole in line and "TresPerNode=gres:gpu:8" in line for line in seen), lines
+    assert lines.count(f"cores={CORES}") == nodes, lines
 
 
 @pytest.fixture
@@ -126,8 +154,8 @@ def test_an_array_shares_out_the_prompts_and_loses_nobody_s_work(slurm, tmp_path
     array = submit(slurm, "sample", logs, "--config", config, options=("--array=0-3",))
     journals = tmp_path / "out" / "samples"
     until(lambda: journals.exists() and any(p.stat().st_size for p in journals.glob("*.jsonl")), 120, "a sample")
-    slurm.ask("scancel", "--signal=KILL", f"{array}_2")
-    for task in (0, 1, 3):
+    slurm.ask("scancel", "--signal=KILL", f"{array}_1")
+    for task in (0, 2, 3):
         assert slurm.ended(f"{array}_{task}", 240) == "COMPLETED", (tmp_path / f"job-{task}.log").read_text()
     alone = launch("sample.py", "--config", config, "--output_dir", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr

@@ -204,6 +204,19 @@ def test_killed_and_started_again_it_neither_loses_nor_repeats(tmp_path, small):
     assert sorted(ids) == list(range(48))
 
 
+def test_a_job_of_two_processes_shares_out_the_prompts(tmp_path, small):
+    config = write_yaml(tmp_path / "sample.yaml", {**small, "shard": 12})
+    alone = launch("sample.py", "--config", config, "--output_dir", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    placed = ("--placement.gpus_per_node", "0", "--placement.processes", "2")
+    done = launch("job.py", "sample", "--config", config, *placed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 node, 2 processes each" in done.stdout
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == (tmp_path / "alone" / "rows.jsonl").read_text()
+    wrong = launch("job.py", "sample", "--config", config, *placed, "--generators.0.data.sources.0.path", "no.jsonl")
+    assert wrong.stderr.count("there is no file no.jsonl") == 1, wrong.stderr
+
+
 def test_when_nothing_is_left_the_filters_say_how_many_they_took(tmp_path, small):
     small["filters"] = {"language": "zh", "min_language_share": 1.0, "min_tokens": 60}
     small["generators"][0]["data"]["sources"][0]["limit"] = 8

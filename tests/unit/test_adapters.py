@@ -191,7 +191,7 @@ def test_a_run_with_such_targets_writes_nothing(tmp_path, monkeypatch):
     talk = {"data": {"sources": [{"path": "tiny_talk", "limit": 8}]}}
     pairs = {"loss": "pairwise", "sources": [{"path": "tiny_pairs", "limit": 8}]}
     for module, run_class, tree in ((sft, SFTRun, talk), (reward_models, RewardModelRun, pairs)):
-        monkeypatch.setattr(module, "set_up_process", lambda: None)  # once for a process
+        monkeypatch.setattr(module, "set_up_process", lambda **_: None)  # once for a process
         run = build(run_class, {**tree, "model": model, "output_dir": str(tmp_path / "run")}, "test")
         with pytest.raises(UserError, match=r"model\.lora\.targets"):
             module.train(run)

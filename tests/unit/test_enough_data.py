@@ -77,7 +77,7 @@ def test_packed_rows_count_as_the_blocks_that_trl_makes(strategy):
 
 
 def refused(monkeypatch, module, start, run, message):
-    monkeypatch.setattr(module, "set_up_process", lambda: None)
+    monkeypatch.setattr(module, "set_up_process", lambda **_: None)
     with pytest.raises(UserError, match=message) as error:
         start(run)
     assert len(str(error.value).splitlines()) <= 2

@@ -19,6 +19,8 @@ def peak(processes: int, stage: int) -> int:
 RL = Load(trains=True, serves=True, peak=peak, served=2 * SEVEN, heads=28, rows=64)
 SMALL = Load(trains=True, serves=True, served=GIB, heads=14)
 SFT = Load(trains=True, serves=False, peak=peak)
+SAMPLING = Load(trains=False, serves=True, served=2 * SEVEN, heads=28)
+IN_PROCESS = Load(trains=False, serves=False, in_process=True, served=2 * SEVEN, heads=28)
 
 
 def decided(machines: Machines, load: Load, **config) -> tuple:
@@ -48,7 +50,11 @@ def decided(machines: Machines, load: Load, **config) -> tuple:
         (Machines(2, 8, 80), SFT, {}, (2, 8, 1, 0, 0, 1, None)),
         (Machines(2, 0), SFT, {}, (2, 1, 2, 0, 0, 1, None)),
         # nobody trains
-        (Machines(4, 8, 80), Load(False, True, served=2 * SEVEN, heads=28), {}, (0, 0, 0, 4, 1, 1, None)),
+        (Machines(4, 8, 80), SAMPLING, {}, (0, 1, 0, 4, 8, 1, None)),
+        (Machines(1, 8, 16), SAMPLING, {}, (0, 1, 0, 1, 4, 2, None)),
+        (Machines(1, 0), SAMPLING, {}, (0, 1, 0, 1, 1, 1, None)),
+        (Machines(2, 8, 80), IN_PROCESS, {}, (0, 8, 0, 2, 0, 1, None)),
+        (Machines(2, 0), IN_PROCESS, {"processes": 3}, (0, 3, 0, 2, 0, 1, None)),
     ],
 )
 def test_decisions(machines, load, config, expected):
@@ -83,6 +89,8 @@ def test_the_first_gpus_train_and_the_last_serve():
         (Machines(2, 8, 80), SFT, {"zero_stage": 0}, "1 is the nearest"),
         (Machines(2, 8, 80), SFT, {"serve": 1}, "no servers of its own"),
         (Machines(2, 8, 80), SFT, {"processes": 4}, "one for each GPU that trains, here 8"),
+        (Machines(1, 8, 80), SAMPLING, {"serve": 4}, "placement.serve: nothing is trained here"),
+        (Machines(1, 8, 80), IN_PROCESS, {"processes": 4}, "every GPU samples; leave it out."),
         (Machines(2, 0), SFT, {"zero_stage": 1}, "on CPUs it is 2 or 3; the nearest is 2."),
         (Machines(1, 8, 80), Load(True, True, shares=True, heads=28), {}, "Use 7 GPUs"),
         (Machines(2, 8, 80), Load(True, True, shares=True), {}, "whole nodes serve and none is shared"),

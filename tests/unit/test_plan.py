@@ -12,14 +12,15 @@ from transformers import PretrainedConfig, Qwen2ForCausalLM
 from r1dist.cluster.memory import GIB, Card, Sharding, parameter_count, peak, room, training_memory
 from r1dist.cluster.placement import SERVED_WEIGHTS
 from r1dist.cluster.plan import check_machine, print_plan
-from r1dist.cluster.recipes import LEAST_GIB, R1_ZERO, RECIPES, made_for, r1_zero_by_memory
+from r1dist.cluster.recipes import LEAST_GIB, R1_ZERO, made_for, r1_zero_by_memory
 from r1dist.cluster.shapes import KNOWN_SHAPES
 from r1dist.config import GRPORun, RewardModelRun, SFTRun
 from r1dist.config.loader import build, parse
 from r1dist.errors import UserError
 from r1dist.run.process import choose_default
 
-QWEN = ROOT / "configs/recipes/qwen2.5-0.5b"
+RECIPES = ROOT / "configs/recipes"
+QWEN = RECIPES / "qwen2.5-0.5b"
 
 
 def test_parameters_are_counted_exactly(base_model):
@@ -137,7 +138,7 @@ def test_a_recipe_for_larger_gpus_does_not_fit_smaller_ones():
 )
 def test_without_a_config_the_memory_of_the_gpu_decides(gpu, capsys, name, gib, recipe):
     gpu(name, gib)
-    chosen = choose_default(r1_zero_by_memory(), RECIPES / "tiny" / "r1_zero.yaml")
+    chosen = choose_default(r1_zero_by_memory(RECIPES), RECIPES / "tiny" / "r1_zero.yaml")
     assert chosen == RECIPES / "qwen2.5-0.5b" / f"{recipe}.yaml"
     (line,) = capsys.readouterr().out.splitlines()
     assert f"found {name} with {gib} GiB" in line and line.endswith(f"{recipe}.yaml")

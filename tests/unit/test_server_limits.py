@@ -121,7 +121,7 @@ def test_a_server_that_is_not_there_is_refused_unless_another_is(server, tokeniz
 )
 def test_it_is_refused_before_anything_is_written(server, small_grpo, tmp_path, monkeypatch, rollout, refusal, trains):
     for launched in ("r1dist.rl.train", "r1dist.sampling.run"):
-        monkeypatch.setattr(f"{launched}.set_up_process", lambda: None)  # once in a process
+        monkeypatch.setattr(f"{launched}.set_up_process", lambda **_: None)  # once in a process
     monkeypatch.setattr(start, "require_vllm", lambda: None)
     rollout = {"engine": "vllm", "servers": server.url, "transport": "shm", **rollout}
     with pytest.raises(UserError, match=refusal):

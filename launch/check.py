@@ -1,0 +1,23 @@
+"""What this machine has for a run, what a run would use, and what is missing: `python launch/check.py`.
+
+Exit code 0 if a run can start here, 2 if not.
+"""
+
+import sys
+from pathlib import Path
+
+from r1dist.errors import UserError, run_cli
+
+RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"check.py takes no arguments; got `{argv[0]}`.")
+    from r1dist.cluster.check import check
+
+    check(RECIPES)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
