@@ -108,7 +108,7 @@ def test_no_route_answers_without_the_token(endpoints):
     right = {"Authorization": f"Bearer {endpoints.token}"}
     version = http.get(f"{url}/weight_info", headers=right, timeout=10).json()
     routes = http.get(f"{url}/openapi.json", headers=right, timeout=10).json()["paths"]
-    assert {"/update_weights", "/collective_rpc", "/sleep", "/v1/completions", "/health"} <= routes.keys()
+    assert {"/update_weights", "/collective_rpc", "/sleep", "/wake_up", "/v1/completions", "/health"} <= routes.keys()
     tried = 0
     for path in [*routes, "/openapi.json", "/docs", "/metrics", "/nowhere"]:
         for method in {"get", "post", "options", *routes.get(path, {})}:

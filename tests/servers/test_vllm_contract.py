@@ -18,6 +18,7 @@ from r1dist.generation.vllm import devices
 from r1dist.generation.vllm.client import Client
 from r1dist.generation.vllm.command import command
 from r1dist.generation.vllm.devices import place_servers
+from r1dist.generation.vllm.engine import SLEEP_TAGS
 from r1dist.generation.vllm.plugin import guard
 from r1dist.generation.vllm.start import plan_servers
 from r1dist.generation.weight_sync.source import WeightSource
@@ -34,6 +35,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.plugins import load_general_plugins  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.utils.mem_utils import MemorySnapshot  # noqa: E402
+from vllm.v1.executor import abstract as executor  # noqa: E402
 from vllm.v1.worker.utils import request_memory  # noqa: E402
 
 from r1dist.generation.weight_sync import gpu  # noqa: E402
@@ -135,6 +137,18 @@ def test_each_server_gets_an_engine_of_its_own_and_a_lost_one_is_forgotten(sourc
     assert transport.links.keys() == {one.url} and made[1].destroyed
     transport.publish("v2", [one, two])
     assert len(made) == 3 and made[2].url == two.url
+
+
+def test_a_server_wakes_in_two_stages_and_one_that_is_awake_does_nothing():
+    woken = []
+    asleep = SimpleNamespace(sleeping_tags=set(executor.SLEEP_TAGS), is_sleeping=True)
+    asleep.collective_rpc = lambda method, kwargs: woken.append(kwargs["tags"])
+    assert {*SLEEP_TAGS} == executor.SLEEP_TAGS
+    for tag in SLEEP_TAGS:
+        executor.Executor.wake_up(asleep, [tag])
+    assert woken == [[tag] for tag in SLEEP_TAGS] and not asleep.sleeping_tags
+    for awake in (SimpleNamespace(is_sleeping=False), SimpleNamespace(is_sleeping=True, sleeping_tags={"kv_cache"})):
+        executor.Executor.wake_up(awake, ["weights"])
 
 
 def test_the_engines_are_the_ones_that_were_read():

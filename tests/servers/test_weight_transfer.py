@@ -199,7 +199,7 @@ def test_a_server_that_fails_a_sync_is_left_out_of_it(stubs, engine_of, backend,
 
 
 class FusedModel(nn.Module):
-    """Query, key and value in one weight, as in vLLM's attention. It runs out of memory once, at the key."""
+    """Query, key and value in one weight, as in vLLM's attention. It runs out of memory once, at the value."""
 
     ROWS = {"q": (0, 8), "k": (8, 10), "v": (10, 12)}  # noqa: RUF012
 
@@ -215,14 +215,16 @@ class FusedModel(nn.Module):
         param.data[slice(*rows)].copy_(loaded)
 
     def load_weights(self, weights) -> None:
+        parameter = self.qkv.weight
         for name, tensor in weights:
-            if self.fails and name == "k.weight":
+            if self.fails and name == "v.weight":
                 self.fails = False
                 raise RuntimeError("out of memory")
-            self.qkv.weight.weight_loader(self.qkv.weight, tensor, self.ROWS[name[0]])
+            parameter.weight_loader(parameter, tensor, self.ROWS[name[0]])
 
 
-def test_nothing_of_a_failed_update_is_left_in_the_next_one(engine_of, small_chunks, monkeypatch):
+def test_nothing_of_a_failed_update_is_left_in_the_next_one(engine_of, monkeypatch):
+    monkeypatch.setattr(gpu, "PACKED_BYTES", 10 * 8 * 4)  # query and key in one chunk, the value in the next
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     receiving = FusedModel()
     server = StubServer(receiver=receiving_engine("ipc", receiving))
@@ -233,7 +235,10 @@ def test_nothing_of_a_failed_update_is_left_in_the_next_one(engine_of, small_chu
     for held in (0, 1):
         engine.sync_weights(held)
         assert (server.version == engine._label) == held
-    assert torch.equal(receiving.qkv.weight, torch.cat([layer.weight for layer in model.values()]))
+        wanted = torch.cat([layer.weight.detach().clone() for layer in model.values()])
+        for parameter in model.parameters():
+            parameter.data.add_(1)
+    assert torch.equal(receiving.qkv.weight, wanted)
     server.stop()
 
 
