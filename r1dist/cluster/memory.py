@@ -30,10 +30,8 @@ PROMPT_TOKENS = 256
 """Prompts are not read for the estimate; this many tokens are assumed for each."""
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Of TRL's tiles of logits, which are in the computation's dtype."""
-IPC_BUFFER = 256 * 2**20
-"""Least size of the buffer that carries weights to a server on the same GPU."""
-NCCL_BUFFERS = 2 * GIB
-"""vLLM's two buffers of 1 GiB for weights that go to other GPUs."""
+PACKED_BYTES = 256 * 2**20
+"""Least size of the buffer that carries weights to a server: one by `ipc`, two by `nccl`."""
 ACTIVE = 1.0 * GIB
 """Of a vLLM server beside its weights and its cache: graphs, activations. Assumed, not measured."""
 ASLEEP = 0.5 * GIB
@@ -208,13 +206,17 @@ def layer_memory(config: PretrainedConfig, step: Step) -> int:
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     keys = queries if step.mask else keys  # with a mask, keys and values are repeated for each query head
-    norms = 2 * (4 + step.held) * hidden  # what is normalized, in float32, and the result before its scale
-    # Under autocast each of five projections keeps a copy of its input; else q, k, v share one, gate and up another.
-    inputs = 5 * w * hidden if step.held != w else 2 * w * hidden
-    attention = w * (2 * queries + 2 * keys)
-    mlp = 4 * w * inner
-    adapters = w * (5 * hidden + queries + inner) if step.adapters else 0
-    return step.tokens * (norms + inputs + attention + mlp + adapters) + step.mask * w
+    scores = w * (2 * queries + 2 * keys)
+    if (
+        step.adapters
+    ):  # a frozen weight needs neither its input nor what it scales; each adapter keeps a copy of its input
+        norms, inputs, mlp = 2 * 4 * hidden, w * (5 * hidden + queries + inner), 3 * w * inner
+    else:
+        norms = 2 * (4 + step.held) * hidden  # what is normalized, in float32, and the result before its scale
+        # Under autocast each of five projections keeps a copy of its input; else q, k, v share one, gate and up one.
+        inputs = 5 * w * hidden if step.held != w else 2 * w * hidden
+        mlp = 4 * w * inner
+    return step.tokens * (norms + inputs + scores + mlp) + step.mask * w
 
 
 def step_memory(config: PretrainedConfig, count: int, step: Step) -> int:
@@ -266,19 +268,19 @@ def generating(
         return {"cache and gathered weights (generation)": cache + gathered}
     served = 2 if mixed else width
     largest = config.vocab_size * config.hidden_size * served
-    bucket = max(BUCKET_BYTES, largest)
+    bucket, packed = max(BUCKET_BYTES, largest), max(PACKED_BYTES, largest)
     if rollout.servers != "managed" or card is None:
         return {"weights in transit (weight transfer)": bucket}
     dtype = "bfloat16" if mixed else run.model.dtype
     total = int(card.gib * GIB)
-    serve, transport = plan_servers(rollout, dtype, length, [GPU(total, total)] * card.gpus, processes)
+    serve, transport = plan_servers(rollout, dtype, length, [GPU(total, total)] * card.gpus, min(processes, card.gpus))
     if transport != "ipc":
-        return {"weights in transit (weight transfer)": bucket + (NCCL_BUFFERS if transport == "nccl" else 0)}
+        return {"weights in transit (weight transfer)": bucket + (2 * packed if transport == "nccl" else 0)}
     weights = parameter_count(config) * served // serve.tensor_parallel
     share = (serve.gpu_memory_utilization or VLLM_DEFAULT) * card.gib * GIB
     if serve.cache_gib is not None:
         share = weights + serve.cache_gib * GIB + ACTIVE
-    transit = {"weights in transit (weight transfer)": bucket + max(IPC_BUFFER, largest)}
+    transit = {"weights in transit (weight transfer)": bucket + packed}
     if not serve.sleep:
         return {"vLLM server": int(share + SERVER_CONTEXT)} | transit
     return {

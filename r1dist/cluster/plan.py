@@ -56,7 +56,7 @@ def print_plan(run: GRPORun | SFTRun | RewardModelRun | EvaluateRun | SampleRun)
 def check_machine(run: GRPORun | SFTRun | RewardModelRun) -> None:
     """Raises `UserError` if the run's attention kernel is not there, or its GPUs are too small. Loads no weights."""
     attention(run.model, computes_in_half(run.model, run.trl))
-    if torch.cuda.is_available():
+    if trains_on_gpu(run):
         card = this_card()
         require_fit(training_memory(run, model_shape(run.model), Sharding.from_environment(), card), card)
 
@@ -71,7 +71,11 @@ def planned_card(run: GRPORun | SFTRun | RewardModelRun) -> Card | None:
     config = run.placement
     if config.gpu_gib is not None:
         return Card(config.gpu_gib, config.gpus_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return this_card() if torch.cuda.is_available() else None
+    return this_card() if trains_on_gpu(run) else None
+
+
+def trains_on_gpu(run: GRPORun | SFTRun | RewardModelRun) -> bool:
+    return torch.cuda.is_available() and not run.trl.get("use_cpu")
 
 
 def require_fit(parts: dict[str, int], card: Card) -> None:

@@ -40,11 +40,8 @@ def train(run: SFTRun) -> None:
     values = {**DEFAULTS, **hardware_defaults(run.trl, run.model.dtype)}
     kwargs = model_init_kwargs(run.model, values)
     arguments = trl_arguments(trl.SFTConfig, **values, model_init_kwargs=kwargs)
-    if arguments.packing and torch.cuda.is_available() and "flash" not in kwargs["attn_implementation"]:
-        logger.warning(
-            "packing with %s: attention has a mask with the square of a block's tokens, and is two to three times "
-            "slower than flash attention. %s adds that.", kwargs["attn_implementation"], INSTALL_VARLEN,
-        )  # fmt: skip
+    if arguments.packing:
+        warn_of_masks(kwargs["attn_implementation"])
     counts = arguments.packing and arguments.dataloader_drop_last
     check_rows(run, len(dataset), packed_blocks(dataset["length"], arguments) if counts else None)
     with run_folder(run, "sft") as checkpoint:
@@ -60,6 +57,15 @@ def train(run: SFTRun) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         save_trained(trainer, run.model)
         trainer.accelerator.end_training()  # as in grpo.py
+
+
+def warn_of_masks(kernel: str) -> None:
+    """Log what mends it where packing on a GPU needs masks: only a varlen kernel tells rows apart without."""
+    if torch.cuda.is_available() and "flash" not in kernel:
+        logger.warning(
+            "packing with %s: each block of `max_length` tokens has a mask with their square, which is slower than "
+            "flash attention. %s adds that", kernel, INSTALL_VARLEN,
+        )  # fmt: skip
 
 
 def packed_blocks(lengths: list[int], arguments: trl.SFTConfig) -> int:

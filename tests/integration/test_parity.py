@@ -14,6 +14,7 @@ LAYOUTS = {
     "zero 1": (("--config_file", "configs/accelerate/zero1.yaml", *RANKS), 2, 1),
     "zero 2": (("--config_file", "configs/accelerate/zero2_cpu.yaml"), 2, 2),
     "zero 3": (("--config_file", "configs/accelerate/zero3_cpu.yaml"), 2, 1),
+    "zero 2 offloaded": (("--config_file", "configs/accelerate/zero2_offload.yaml"), 1, 2),
     "zero 3 offloaded": (("--config_file", "configs/accelerate/zero3_offload.yaml", *RANKS), 2, 2),
 }
 

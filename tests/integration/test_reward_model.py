@@ -14,9 +14,10 @@ from r1dist.config import Reward, RewardModelRun, Source
 from r1dist.config.loader import build
 from r1dist.data.sources import load_labels, load_pairs
 from r1dist.errors import UserError
-from r1dist.reward_models.train import label_dataset, measure, new_classifier, pair_dataset
+from r1dist.reward_models.train import holdout_rows, label_dataset, measure, new_classifier, pair_dataset
 from r1dist.rewards import Rewards
-from r1dist.rewards.model import ModelReward
+from r1dist.rewards import model as model_reward
+from r1dist.rewards.model import ModelReward, batches
 from r1dist.tiny import BASE_DIR, talk
 
 SMALL = {
@@ -101,6 +102,39 @@ def test_a_score_does_not_depend_on_what_else_is_in_the_batch(trained):
     together = model(rows["completion"], list(rows))
     alone = [model([row["completion"]], [row])[0] for row in rows.select(range(5))]
     assert together[:5] == pytest.approx(alone, abs=1e-5)
+
+
+def test_forwards_are_bounded_by_tokens_and_take_every_row_once(monkeypatch):
+    monkeypatch.setattr(model_reward, "SCORED_TOKENS", 100)
+    lengths = [10, 99, 3, 150, 50, 30, 31, 1, 20]
+    found = list(batches(lengths))
+    assert sorted(place for batch in found for place in batch) == list(range(len(lengths)))
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= 100
+    assert found[-2:] == [[1], [3]] and len(found) < len(lengths) - 2
+    assert list(batches([])) == []
+
+
+def test_in_bfloat16_a_reward_model_takes_half_and_still_tells_replies_apart(trained):
+    rows = load_labels([Source(path="tiny_judged", limit=64)])
+    whole, half = (ModelReward("safety", str(trained / "safety"), dtype) for dtype in ("float32", "bfloat16"))
+    assert half.model.get_memory_footprint() < 0.51 * whole.model.get_memory_footprint()
+    scores, rounded = (model(rows["completion"], list(rows)) for model in (whole, half))
+    assert rounded == pytest.approx(scores, abs=0.05)
+    assert len(set(rounded)) == len(set(scores))  # the head, in float32, makes no ties
+
+
+def test_rows_held_out_that_are_longer_than_the_limit_are_not_measured(template, caplog):
+    held_out = {"output_dir": "x", "max_length": 36}
+    for tree, load in ((PAIRS, load_pairs), (LABELS, load_labels)):
+        run = build(RewardModelRun, {**SMALL, **tree, **held_out}, "test")
+        caplog.clear()
+        rows, all_rows = holdout_rows(run, template), load(run.holdout)
+        assert 0 < len(rows) < len(all_rows) and rows.column_names == all_rows.column_names
+        assert f"holdout: dropped {len(all_rows) - len(rows)} of {len(all_rows)} rows" in caplog.text
+    run = build(RewardModelRun, {**SMALL, **PAIRS, "output_dir": "x", "max_length": 2}, "test")
+    with pytest.raises(UserError, match="holdout: none of the"):
+        holdout_rows(run, template)
 
 
 def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained, pool):

@@ -8,7 +8,7 @@ import torch
 import trl.kernels.chunked_logprob as tiles
 import trl.trainer.utils
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -21,8 +21,6 @@ from r1dist.rl.loss import LossConfig, grpo_loss
 VOCABULARY, HIDDEN = 16384, 192
 TILE_TOKENS, TILE_WORDS = 512, 2048
 """As small beside this model as TRL's own tiles are beside a real one."""
-ROWS, COLUMNS = 64, 64
-"""What a stand-in for a Triton kernel works on at once: it makes copies, which the kernel does not."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -58,32 +56,22 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """TRL's fused head as it is on a GPU, where Triton folds tiles of logits in place: here a few rows at a time."""
+    """TRL's fused head as it is on a GPU, where kernels make none of the copies that torch makes here."""
 
-    def by_rows(fold: Callable) -> Callable:
-        def folded(tile, stride, *columns, **flags):
-            tensors, rest = columns[:-2], columns[-2:]
-            for begin in range(0, len(tile), ROWS):
-                part = slice(begin, begin + ROWS)
-                fold(tile[part], stride, *(t[part] for t in tensors), *rest, **flags)
+    def uncounted(function: Callable) -> Callable:
+        def called(*args, **kwargs):
+            with _disable_current_modes():
+                return function(*args, **kwargs)
 
-        return folded
+        return called
 
-    def add_product(total, a, b):
-        for begin in range(0, len(a), ROWS):
-            part = slice(begin, begin + ROWS)
-            for first in range(0, b.shape[1], COLUMNS):
-                columns = slice(first, first + COLUMNS)
-                total[part, columns].addmm_(a[part].float(), b[:, columns].float())
-
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        monkeypatch.setattr(tiles, name, uncounted(getattr(tiles, name)))
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: True)
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", TILE_WORDS)
     monkeypatch.setattr(tiles, "TOKEN_CHUNK_SIZE", TILE_TOKENS)
     monkeypatch.setattr(memory, "TILE_WORDS", TILE_WORDS)
     monkeypatch.setattr(memory, "TILE_TOKENS", TILE_TOKENS)
-    monkeypatch.setattr(tiles, "_forward_tile", by_rows(tiles._forward_tile))
-    monkeypatch.setattr(tiles, "_backward_tile", by_rows(tiles._backward_tile))
-    monkeypatch.setattr(tiles, "_addmm_fp32", add_product)
 
 
 def shape(tied: bool = True) -> Qwen2Config:
@@ -151,9 +139,17 @@ def counted(config: Qwen2Config, dtype: str, checkpointed: bool, rows: int, leng
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpointed", [True, False])
 @pytest.mark.parametrize(("rows", "length", "tied"), [(4, 128, True), (2, 384, False)])
-def test_a_steps_memory_is_estimated_within_15_percent(as_on_a_gpu, dtype, checkpointed, rows, length, tied):
+def test_a_steps_memory_is_estimated_within_10_percent(as_on_a_gpu, dtype, checkpointed, rows, length, tied):
     held, compute = DTYPES[dtype]
     config = shape(tied)
     step = Step(rows * length, rows * length**2, held, compute, checkpointed)
     estimate = step_memory(config, parameter_count(config), step)
-    assert estimate == pytest.approx(counted(config, dtype, checkpointed, rows, length), rel=0.15)
+    assert estimate == pytest.approx(counted(config, dtype, checkpointed, rows, length), rel=0.10)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_so_is_that_of_adapters(as_on_a_gpu, checkpointed):
+    config, (rows, length) = shape(), (4, 128)
+    step = Step(rows * length, rows * length**2, 2, 2, checkpointed, adapters=True)
+    estimate = step_memory(config, parameter_count(config), step)
+    assert estimate == pytest.approx(counted(config, "bfloat16", checkpointed, rows, length, lora=True), rel=0.10)
