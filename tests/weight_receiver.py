@@ -51,6 +51,7 @@ def serve(backend: str, pipe) -> None:
     cuda_stand_in.install()
     model = Model()
     server = StubServer(receiver=receiving_engine(backend, model))
+    server.settings["weight_transfer_config"] = {"backend": backend}
     pipe.send(server.url)
     while True:
         try:

@@ -5,6 +5,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from stub_server import LOGPROB, StubServer
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from r1dist.config import Rollout
+from r1dist.config import GRPORun, Rollout
+from r1dist.config.loader import build
+from r1dist.errors import RunStopped
+from r1dist.files import CHECKSUMS
 from r1dist.generation.engine import Request, RolloutsLost, Sampling, generate, sample_seed
 from r1dist.generation.vllm import engine as engine_module
 from r1dist.generation.vllm import start
@@ -20,6 +24,9 @@ from r1dist.generation.vllm.client import Client
 from r1dist.generation.vllm.endpoints import ServerRegistry
 from r1dist.generation.vllm.engine import Policy, ServerEngine
 from r1dist.generation.weight_sync.source import WeightSource
+from r1dist.rewards import verifiers_of
+from r1dist.rewards.pool import Pool
+from r1dist.rl.train import _train
 
 pytest.importorskip("vllm")
 
@@ -169,6 +176,32 @@ def test_a_worker_lost_within_a_broadcast_costs_its_server(
     with pytest.raises(RolloutsLost, match="no server could be used"):
         generate(engine, asked(), SAMPLING)
     assert time.monotonic() - began < 4 * TIMEOUT
+
+
+def test_a_run_whose_only_server_is_lost_within_a_broadcast_ends_with_a_checkpoint(
+    receiver_of, small_chunks, small_grpo
+):
+    receiver = receiver_of("nccl")
+    limits = {"no_server_timeout": 2, "health_timeout": 3, "sync_timeout": TIMEOUT, "max_logp_diff": 1e9}
+    rollout = {"engine": "vllm", "servers": receiver.url, "transport": "nccl", **limits}
+    run = build(GRPORun, {**small_grpo, "rollout": rollout, "max_steps": 10_000}, "run.yaml")
+    folder, ended = Path(run.trl["output_dir"]), []
+
+    def end_the_server() -> None:
+        while not (folder / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        receiver.end_within_a_load(signal.SIGKILL)
+        ended.append(time.monotonic())
+
+    threading.Thread(target=end_the_server, daemon=True).start()
+    with (
+        Pool(verifiers_of(run.rewards), run.verify) as pool,
+        pytest.raises(RunStopped, match="no server could be used"),
+    ):
+        _train(run, pool)
+    assert time.monotonic() - ended[0] < 60
+    [checkpoint] = folder.glob("checkpoint-*")
+    assert (checkpoint / CHECKSUMS).exists() and checkpoint.name != "checkpoint-0"
 
 
 @pytest.mark.parametrize(
