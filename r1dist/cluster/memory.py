@@ -242,7 +242,10 @@ def step_memory(config: PretrainedConfig, count: int, step: Step) -> int:
     head = (hidden + (0 if step.adapters else embedding)) * (4 if held == 4 else 4 + held)
     waiting = gradient if tied else 0  # until the embedding's backward has the other share
     largest = config.hidden_size * config.intermediate_size
-    update = 0 if step.adapters else largest * (step.compute + held if mixed else held)
+    if step.adapters:  # they are in float32, and so is the gradient of what they read
+        update = 4 * step.tokens * config.intermediate_size
+    else:
+        update = largest * (step.compute + held if mixed else held)
     moments = {
         "head, forward": kept + casts + mask + end + 2 * stream + tile,
         "head, backward": kept + kept_casts + mask + end + stream + tile + head if step.head else 0,

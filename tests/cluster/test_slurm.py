@@ -53,9 +53,11 @@ def test_a_documented_line_gets_whole_nodes(slurm, tmp_path, line):
     launcher = tmp_path / "python"  # in the place of the launcher's
     launcher.write_text(f"#!/bin/sh\nscontrol show job -o $SLURM_JOB_ID\n{srun} sh -c '{step}'\n")
     launcher.chmod(0o755)
-    log = tmp_path / "job.log"
-    job = slurm.submit(f"--export=ALL,R1DIST_PYTHON={launcher}", f"--output={log}", *options)
-    assert slurm.ended(f"{job}_0" if "--array" in line else job, 120) == "COMPLETED", log.read_text()
+    array = "--array" in line
+    log = tmp_path / ("job-0.log" if array else "job.log")
+    output = f"--output={tmp_path}/{'job-%a.log' if array else 'job.log'}"
+    job = slurm.submit(f"--export=ALL,R1DIST_PYTHON={launcher}", output, *options)
+    assert slurm.ended(f"{job}_0" if array else job, 120) == "COMPLETED", log.read_text()
     whole = f"TRES=cpu={CORES * nodes},mem={MEMORY * nodes}M,node={nodes}"
     lines = log.read_text().splitlines()
     seen = [line for line in lines if line.startswith(("JobId=", "StepId="))]

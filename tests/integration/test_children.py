@@ -50,6 +50,8 @@ def test_the_last_words_are_the_reason_if_one_was_given(tmp_path):
     beside.write_text("step 1\n[default0]:stopped: no server is left.\n[default0]:Traceback\n")
     skip = len("error: of another day\n")
     assert last_words((log, skip), (beside, 0), (tmp_path / "none.log", 0)) == ["stopped: no server is left."]
+    beside.write_text("[default0]:error: there is no file a.jsonl.\n[default1]:error: there is no file a.jsonl.\n")
+    assert last_words((beside, 0)) == ["error: there is no file a.jsonl."]  # each process says it
     assert last_words((log, skip)) == ["srun: Exited with exit code 1"]
 
 

@@ -175,7 +175,7 @@ def test_vllm_understands_the_commands_of_every_recipe_and_placement(monkeypatch
                 transport = place_servers(run, run.transport, None, [CARD] * gpus, 0, "")[0] if gpus else "shm"
                 serve = run
             elif getattr(run, "rollout", None) and (run.rollout.engine, run.rollout.servers) == ("vllm", "managed"):
-                trainers = job.placement.processes
+                trainers = job.placement.processes if job.kind.trains else 0
                 serve, transport = plan_servers(run.rollout, "bfloat16", 900, [CARD] * gpus, trainers)
             else:
                 continue
