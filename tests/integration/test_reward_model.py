@@ -125,9 +125,10 @@ def test_in_bfloat16_a_reward_model_takes_half_and_still_tells_replies_apart(tra
 
 
 def test_rows_held_out_that_are_longer_than_the_limit_are_not_measured(template, caplog):
-    held_out = {"output_dir": "x", "max_length": 36}
-    for tree, load in ((PAIRS, load_pairs), (LABELS, load_labels)):
-        run = build(RewardModelRun, {**SMALL, **tree, **held_out}, "test")
+    for tree, load, convert in ((PAIRS, load_pairs, pair_dataset), (LABELS, load_labels, label_dataset)):
+        run = build(RewardModelRun, {**SMALL, **tree, "output_dir": "x"}, "test")
+        ids = convert(run, template).remove_columns("labels" if tree is LABELS else "rejected_ids")
+        run.trl["max_length"] = sorted(len(row) for (row,) in (each.values() for each in ids))[len(ids) // 2]
         caplog.clear()
         rows, all_rows = holdout_rows(run, template), load(run.holdout)
         assert 0 < len(rows) < len(all_rows) and rows.column_names == all_rows.column_names
