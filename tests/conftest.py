@@ -1,5 +1,6 @@
 """Fixtures: the shipped base model, small YAMLs, and launchers run as a user runs them."""
 
+import copy
 import json
 import os
 import subprocess
@@ -73,7 +74,7 @@ def metrics(folder: Path) -> list[dict]:
 
 @pytest.fixture
 def small_grpo(tmp_path) -> dict:
-    return {**SMALL_GRPO, "output_dir": str(tmp_path / "run")}
+    return {**copy.deepcopy(SMALL_GRPO), "output_dir": str(tmp_path / "run")}
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def test_packing_without_a_varlen_kernel_says_what_mends_it(gpu, caplog):
     warn_of_masks(HUB)
     assert not caplog.records
     warn_of_masks("sdpa")
-    assert "pip install -e '.[gpu]'" in caplog.text
+    assert "`make setup GPU=1`" in caplog.text
 
 
 def test_masks_are_counted_unless_the_kernel_needs_none(gpu, installed):
