@@ -39,6 +39,7 @@ class SimulatedServer:
         self.queue: deque[list] = deque()  # [length, done tokens, future]
         self.running: list[list] = []
         self.tokens = 0.0
+        self.used = 0  # tokens in the cache
         self.loses = loses
         self.asked = self.most = 0
 
@@ -62,23 +63,24 @@ class SimulatedServer:
 
     async def compute(self) -> None:
         while True:
-            while self.queue and self._used() + PROMPT + self.queue[0][1] + CHUNK <= CACHE_TOKENS:
+            while self.queue and self.used + PROMPT + self.queue[0][1] + CHUNK <= CACHE_TOKENS:
                 self.running.append(self.queue.popleft())
+                self.used += PROMPT + self.running[-1][1]
             if not self.running:
                 await asyncio.sleep(1)
                 continue
             await asyncio.sleep(CHUNK * (STEP_SECONDS + SAMPLE_SECONDS * len(self.running)))
             self.tokens += CHUNK * len(self.running)
+            self.used += CHUNK * len(self.running)
             for sample in self.running:
                 sample[1] += CHUNK
                 if sample[1] >= sample[0] and not sample[2].done():
                     sample[2].set_result(None)
+                    self.used -= PROMPT + sample[1]
             self.running = [sample for sample in self.running if not sample[2].done()]
-            while self._used() > CACHE_TOKENS:
+            while self.used > CACHE_TOKENS:
                 self.queue.appendleft(self.running.pop())
-
-    def _used(self) -> int:
-        return sum(PROMPT + sample[1] for sample in self.running)
+                self.used -= PROMPT + self.queue[0][1]
 
 
 def generate(monkeypatch, longest: int, loses: int = 0) -> tuple[Counter, list[SimulatedServer], float]:
