@@ -14,7 +14,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -202,7 +201,7 @@ def _used(recipes: Path) -> Iterator[Row]:
     from ..generation.vllm.start import plan_servers, require_vllm
     from ..models import attention, computes_in_half
     from ..run.process import choose_default
-    from ..run.setup import computing_dtype, hardware_defaults
+    from .job_launcher import served_dtype
     from .memory import PROMPT_TOKENS
     from .plan import check_machine
     from .recipes import r1_zero_by_memory
@@ -215,9 +214,8 @@ def _used(recipes: Path) -> Iterator[Row]:
     yield Row("engine", choose_engine(run.rollout))
     if run.rollout.engine == "vllm":
         require_vllm()
-        dtype = computing_dtype(SimpleNamespace(**hardware_defaults(run.trl, run.model.dtype)), run.model.dtype)
         tokens = PROMPT_TOKENS + run.trl["max_completion_length"]
-        serve, transport = plan_servers(run.rollout, dtype, tokens, visible_gpus(), trainers=1)
+        serve, transport = plan_servers(run.rollout, served_dtype(run), tokens, visible_gpus(), trainers=1)
         sleep = "; they sleep while the trainer trains" if serve.sleep else ""
         yield Row("servers", f"{serve.replicas} on {serve.devices or 'CPUs'}, weights by {transport}{sleep}")
     yield Row("attention", attention(run.model, computes_in_half(run.model, run.trl)))

@@ -17,14 +17,13 @@ from transformers import PretrainedConfig
 from ..adapters import AUTO_CLASS, Task, trained_parameters
 from ..config import GRPORun, Model, RewardModelRun, SFTRun
 from ..config.trl_fields import trl_value
-from ..generation.vllm.devices import GPU, SERVER_CONTEXT, VLLM_DEFAULT
+from ..generation.vllm.devices import GIB, GPU, SERVER_CONTEXT, VLLM_DEFAULT
 from ..generation.vllm.start import plan_servers
 from ..generation.weight_sync.source import BUCKET_BYTES
 from ..models import attention, load_model_config, mixed_precision
 from ..rewards.model import SCORED_TOKENS
 from .shapes import model_shape
 
-GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROMPT_TOKENS = 256
 """Prompts are not read for the estimate; this many tokens are assumed for each."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from ..config import PlacementConfig
 from ..errors import UserError
+from ..generation.vllm.devices import GIB
 
 USABLE = 0.92
 """Share of a GPU's memory to plan with; the CUDA context and fragmentation take the rest."""
 SERVED_WEIGHTS = 0.6
 """Share of a GPU's memory that a server's weights may take; the key-value cache needs the rest."""
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -200,10 +200,13 @@ class Dispatcher:
         return min(fitting, key=lambda server: (server.trusted, server.in_flight), default=None)
 
     def _outcome(self, task: asyncio.Task, server: ServerState, asked: float, late: bool) -> list[Completion] | None:
-        if task.cancelled() and not late:  # by `ServerState.failed`
-            return None
-        no_progress = f"no progress for {self.request_timeout:g} s (rollout.request_timeout)"
-        error = ServerError("late", no_progress) if task.cancelled() else task.exception()
+        error: BaseException | None
+        if task.cancelled():
+            if not late:  # by `ServerState.failed`
+                return None
+            error = ServerError("late", f"no progress for {self.request_timeout:g} s (rollout.request_timeout)")
+        else:
+            error = task.exception()
         if error is None:
             server.succeeded()
             return task.result()
