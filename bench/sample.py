@@ -16,14 +16,13 @@ from result import aim, show
 
 from r1dist.config import Data, Generator, Model, Prompting, Rollout, SampleRun, Source
 from r1dist.config import Sampling as SamplingSettings
-from r1dist.data.templates import load_template
 from r1dist.files import read_lines
 from r1dist.generation.engine import Sampling, generate
 from r1dist.generation.inference import fixed_engine
 from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
 from r1dist.run.process import set_up_process
-from r1dist.sampling.draw import fill, generator_prompts, requests_of
+from r1dist.sampling.draw import fill, generator_prompts, generator_template, requests_of
 
 SAMPLES, MAX_TOKENS = 8, 112
 
@@ -42,9 +41,9 @@ def main() -> None:
         sampling=SamplingSettings(samples=SAMPLES, max_tokens=MAX_TOKENS),
     )
     run = SampleRun(output_dir="unused", generators=[generator], rollout=Rollout(engine="vllm"))
-    template = load_template(generator.model, generator.data.template)
+    template = generator_template(generator)
     prompts = generator_prompts(generator, template)
-    requests = requests_of(run, 0, prompts, template)
+    requests = requests_of(run, 0, prompts)
     rates: dict[str, list[float]] = {"engine": [], "sampling": []}
     with (
         tempfile.TemporaryDirectory() as name,

@@ -356,7 +356,8 @@ def longest(run: GRPORun) -> int:
     """Tokens of the longest prompt with its completion."""
     context = load_model_config(run.model).max_position_embeddings
     completion = trl_value(run, "max_completion_length")
-    rows = prompt_dataset(run.data, load_template(run.model, run.data.template), context, completion)
+    template = load_template(run.model, run.data.template, run.prompting.prefill)
+    rows = prompt_dataset(run.data, template, context, completion, run.prompting)
     return max(rows["prompt_length"]) + completion
 
 

@@ -11,7 +11,7 @@ from .model import Model
 from .resumable import MayChange
 from .rewards import STRICT, Reward, Verify
 from .rollout import Rollout, Serve
-from .sampling import Sampling
+from .sampling import Prompting, Sampling
 from .train import PlacementConfig, Train, TrainRL
 from .values import PathText, Seed
 
@@ -40,6 +40,7 @@ class GRPORun(TrainingRun):
     """`launch/grpo.py`: reinforcement learning with rule rewards."""
 
     data: Data
+    prompting: Prompting = Field(default_factory=Prompting)
     rewards: dict[str, Annotated[Reward, BeforeValidator(_weighted)]] = Field(
         default_factory=lambda: {"accuracy": Reward(), "format": Reward()}, min_length=1
     )
@@ -90,6 +91,8 @@ class EvaluateRun:
 
     model: Model
     data: Data
+    prompting: Prompting = Field(default_factory=Prompting)
+    """Its examples and its instruction are for `data` alone; general requests are asked without."""
     sampling: Sampling = Field(default_factory=Sampling)
     requests: Requests | None = None
     """General requests, answered greedily."""

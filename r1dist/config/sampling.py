@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(config=STRICT, kw_only=True)
 class Prompting:
-    """How a model is asked for samples, beyond the template."""
+    """How a model is asked, beyond the template."""
 
     examples: PathText | None = None
     """A `.jsonl` file with `problem` and `completion`, shown as earlier turns (few-shot prompting)."""
@@ -38,7 +38,7 @@ class Prompting:
     instruction: str | None = None
     """Words that follow the question, on a line of their own (direct prompting)."""
     prefill: str = ""
-    """The beginning of the reply, which the model continues. It is part of the sample."""
+    """The beginning of the reply, which the model continues. Rewards and filters see it as part of the reply."""
 
 
 @dataclass(config=STRICT, kw_only=True)

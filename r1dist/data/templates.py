@@ -41,17 +41,26 @@ class Template:
         name: As in `data.template`.
         model: Where the tokenizer is from, for errors.
         stop_ids: Further token ids that end a completion.
+        prefill: The beginning of every reply, which the prompt then holds.
 
     Raises `UserError` for a chat template that is missing or cannot be used.
     """
 
     opening: str
-    """What the prompt already holds of the reply: `<think>` and a line break, an empty thought, or nothing."""
+    """What the prompt already holds of the reply: what the chat template opens (`<think>` and a line break, an empty
+    thought, or nothing), and the prefill."""
     stop_ids: list[int]
     """The token ids that end a completion."""
     has_system_role: bool
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, model: str, stop_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        model: str,
+        stop_ids: Sequence[int] = (),
+        prefill: str = "",
+    ):
         self.tokenizer = tokenizer
         self.name = name
         self.model = model
@@ -74,6 +83,10 @@ class Template:
         vocabulary = tokenizer.get_vocab()
         tags = {vocabulary[tag] for tag in TAGS if tag in vocabulary}
         self._hidden = (special | {*tokenizer.all_special_ids, *self.stop_ids}) - tags
+        self._ends_thought = "</think>" in self.opening
+        begun = self.after_opening(prefill)
+        self._prefill_ids = self._ids(begun)
+        self.opening += begun
 
     def prompt(
         self, problem: str, system: str | None = None, examples: Sequence[tuple[str, str]] = ()
@@ -102,17 +115,20 @@ class Template:
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
 
     def prompt_ids(self, prompt: str | list[dict]) -> list[int]:
-        """The token ids that the model is given for `prompt`, with a beginning-of-sequence token where it wants one.
+        """The token ids that the model is given for `prompt`, with a beginning-of-sequence token where it wants one,
+        up to the end of the prefill.
 
         Raises jinja2's `TemplateError` for messages that the chat template refuses.
         """
         if not isinstance(prompt, str):
-            return self.tokenizer.apply_chat_template(
+            ids = self.tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
-        ids = self.tokenizer(prompt)["input_ids"]
-        # Some tokenizers end every text with it, but the reply is still to come.
-        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        else:
+            ids = self.tokenizer(prompt)["input_ids"]
+            # Some tokenizers end every text with it, but the reply is still to come.
+            ids = ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        return ids + self._prefill_ids
 
     def holds(self, prompt: str | list[dict], texts: Sequence[str]) -> bool:
         """Whether the rendered `prompt` holds all `texts`: some chat templates drop the reasoning of earlier turns."""
@@ -132,13 +148,9 @@ class Template:
             return text[len(self.opening) :]
         return text.lstrip().removeprefix("<think>").removeprefix("\n")
 
-    def prefill_ids(self, prefill: str) -> list[int]:
-        """The token ids of the beginning of a reply."""
-        return self._ids(self.after_opening(prefill))
-
     def require_thoughts(self, what: str) -> None:
         """Raises `UserError`, which begins with `what`, if prompts hold a whole, empty thought: no reply can think."""
-        if "</think>" in self.opening:
+        if self._ends_thought:
             raise UserError(
                 f"{what}, and the chat template of {self.model} ends the thought in the prompt.\n"
                 "Set the argument that lets it think in `model.chat_template_kwargs`."
@@ -223,9 +235,9 @@ class Template:
         )
 
 
-def load_template(model: Model, name: str) -> Template:
+def load_template(model: Model, name: str, prefill: str = "") -> Template:
     """`data.template` for `model`, with its tokenizer. Raises `UserError` for what cannot be loaded or used."""
-    template = Template(load_tokenizer(model), name, model.path, named_stop_ids(model))
+    template = Template(load_tokenizer(model), name, model.path, named_stop_ids(model), prefill)
     vocabulary = load_model_config(model).get_text_config().vocab_size
     probe = template.prompt_ids(template.prompt(QUESTION)) + template.reply_ids(REPLY)
     if max(probe) >= vocabulary:

@@ -58,9 +58,9 @@ def evaluate(run: EvaluateRun) -> dict:
     """The scores: `greedy`, `sampled` and, if asked for, `requests`; written to `run.output` if that is set,
     together with the greedy completions. Raises `UserError`, and `RunStopped` where no server is left."""
     set_up_process()
-    template = load_template(run.model, run.data.template)
+    template = load_template(run.model, run.data.template, run.prompting.prefill)
     context = load_model_config(run.model).max_position_embeddings
-    dataset = prompt_dataset(run.data, template, context, run.sampling.max_tokens)
+    dataset = prompt_dataset(run.data, template, context, run.sampling.max_tokens, run.prompting)
     asked = None if run.requests is None else request_dataset(run, template, context)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)

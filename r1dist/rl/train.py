@@ -44,11 +44,11 @@ def train(run: GRPORun) -> None:
 
 def _train(run: GRPORun, pool: Pool) -> None:
     weights_path(run.model)  # adapters that cannot be merged are refused before anything is written
-    template = load_template(run.model, run.data.template)
+    template = load_template(run.model, run.data.template, run.prompting.prefill)
     for name in run.rewards.keys() & THINKING:
         template.require_thoughts(f"rewards.{name} is for replies that think")
     context = load_model_config(run.model).max_position_embeddings
-    dataset = prompt_dataset(run.data, template, context, trl_value(run, "max_completion_length"))
+    dataset = prompt_dataset(run.data, template, context, trl_value(run, "max_completion_length"), run.prompting)
     arguments = grpo_arguments(run)
     check_rows(run, len(dataset))
     dtype = computing_dtype(arguments, run.model.dtype)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def check_servers_of(run: SampleRun, generator: Generator, prompts: Dataset) -> None:
     """Raises `UserError` where `run`'s servers cannot do what `generator` will ask of them."""
     if run.rollout.engine == "vllm":
-        template = load_template(generator.model, generator.data.template)
+        template = generator_template(generator)
         check_servers(run.rollout, _demand(generator, template, prompts), generator.model.dtype, trainers=0)
 
 
@@ -43,7 +43,7 @@ def draw(run: SampleRun, number: int, prompts: Dataset, folder: Path, pool: Pool
     `pool` verifies.
     """
     generator = run.generators[number]
-    template = load_template(generator.model, generator.data.template)
+    template = generator_template(generator)
     parts = shards(folder, generator.name, len(prompts), run.shard)
     demand = _demand(generator, template, prompts)
     with ExitStack() as stack:
@@ -59,10 +59,15 @@ def draw(run: SampleRun, number: int, prompts: Dataset, folder: Path, pool: Pool
     return [shard.journal for shard in parts]
 
 
+def generator_template(generator: Generator) -> Template:
+    """The template by which `generator` is asked."""
+    return load_template(generator.model, generator.data.template, generator.prompting.prefill)
+
+
 def generator_prompts(generator: Generator, template: Template) -> Dataset:
     """What `generator` asks."""
     context = load_model_config(generator.model).max_position_embeddings
-    return prompt_dataset(generator.data, template, context, _room(generator, template), generator.prompting)
+    return prompt_dataset(generator.data, template, context, generator.sampling.max_tokens, generator.prompting)
 
 
 def fill(
@@ -82,36 +87,25 @@ def fill(
     with tqdm(total=total, desc=generator.name, unit="sample", leave=False) as progress:
         for batch in _batches(run, generator, prompts, done):
             rows = {row["prompt_id"]: row for row in batch}
-            for rollouts in _groups(engine, requests_of(run, number, batch, template), generator):
+            for rollouts in _groups(engine, requests_of(run, number, batch), generator):
                 row = rows[rollouts[0].request.prompt_id]
                 if row["prompt_id"] not in done:
-                    append_lines(journal, [_line(row, rollouts, generator.prompting.prefill, template, pool)])
+                    append_lines(journal, [_line(row, rollouts, template, pool)])
                     progress.update(samples)
 
 
-def requests_of(run: SampleRun, number: int, rows: Iterable[dict], template: Template) -> list[Request]:
+def requests_of(run: SampleRun, number: int, rows: Iterable[dict]) -> list[Request]:
     """All samples of `rows`, as `run.generators[number]` asks for them."""
     generator = run.generators[number]
-    prefill = template.prefill_ids(generator.prompting.prefill)
     return [
-        Request(
-            row["prompt_ids"] + prefill,
-            row["prompt_id"],
-            index,
-            sample_seed(run.seed, number, row["prompt_id"], index),
-        )
+        Request(row["prompt_ids"], row["prompt_id"], index, sample_seed(run.seed, number, row["prompt_id"], index))
         for row in rows
         for index in range(generator.sampling.samples)
     ]
 
 
-def _room(generator: Generator, template: Template) -> int:
-    """Tokens that the model must hold besides the prompt."""
-    return generator.sampling.max_tokens + len(template.prefill_ids(generator.prompting.prefill))
-
-
 def _demand(generator: Generator, template: Template, prompts: Dataset) -> Demand:
-    longest = max(prompts["prompt_ids"], key=len) + template.prefill_ids(generator.prompting.prefill)
+    longest = max(prompts["prompt_ids"], key=len)
     return Demand(generator.model, template.tokenizer, longest, generator.sampling.max_tokens, trains=False)
 
 
@@ -142,9 +136,8 @@ def _groups(engine: Engine, requests: list[Request], generator: Generator) -> It
             yield sorted(groups.pop(rollout.request.prompt_id), key=lambda r: r.request.sample_index)
 
 
-def _line(row: dict, rollouts: list[Rollout], prefill: str, template: Template, pool: Pool) -> dict:
-    begun = template.opening + template.after_opening(prefill)
-    texts = [begun + template.decode(rollout.token_ids) for rollout in rollouts]
+def _line(row: dict, rollouts: list[Rollout], template: Template, pool: Pool) -> dict:
+    texts = [template.text(rollout.token_ids) for rollout in rollouts]
     right = pool.scores("accuracy", texts, [row] * len(texts))
     return {
         "prompt_id": row["prompt_id"],

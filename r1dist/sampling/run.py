@@ -14,7 +14,6 @@ from datasets import Dataset
 from ..config import SampleRun
 from ..config.loader import as_tree
 from ..data.sources import load_conversations
-from ..data.templates import load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..files import RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from ..generation.engine import RolloutsLost
@@ -23,7 +22,7 @@ from ..rewards.golds import check_golds
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.resume import check_same, data_digests
-from .draw import check_servers_of, draw, generator_prompts
+from .draw import check_servers_of, draw, generator_prompts, generator_template
 from .select import Tally, filters_text, mixed, select
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
         load_conversations(run.mix)
     asked = []
     for number, generator in enumerate(run.generators):
-        template = load_template(generator.model, generator.data.template)
+        template = generator_template(generator)
         if run.filters.format:
             template.require_thoughts("filters.format keeps replies that think")
         asked.append(generator_prompts(generator, template))

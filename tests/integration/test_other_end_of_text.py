@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, SMALL_GRPO, metrics, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from r1dist.data.tags import TAGS
 from r1dist.files import read_lines
 from r1dist.tiny import BASE_DIR
 
@@ -107,3 +108,19 @@ def test_samples_and_chats_stop_there(trained, launched, tmp_path):
     asked = ("--prompt", "Start with 7, then *3 +4 *9: what is the last digit?", "--temperature", 0)
     shown = launched("chat.py", "--model.path", trained, *asked, "--max_tokens", 112)
     assert OPENS in shown and shown.endswith("</answer>\n")
+
+
+def test_rl_and_evaluation_show_examples_and_begin_the_reply(launched, tmp_path):
+    """Rewards and measures see the prefill as part of the reply; the examples stand in the prompt."""
+    prompting = {"examples": "configs/recipes/tiny/examples.jsonl", "shots": 1, "prefill": "<think>Let me"}
+    tree = {**SMALL_GRPO, "output_dir": str(tmp_path / "run"), "max_steps": 1, "prompting": prompting}
+    launched("grpo.py", "--config", write_yaml(tmp_path / "run.yaml", {**tree, "rewards": {"tag_count": 1}}))
+    rows = list(read_lines(tmp_path / "run" / "traces" / "rank0.jsonl"))
+    assert rows and all(row["text"].startswith("<think>Let me") for row in rows)
+    assert all("7+6 ends in 3.</think>" in row["prompt"] for row in rows)
+    assert all(row["rewards"]["tag_count"] == sum(row["text"].count(tag) == 1 for tag in TAGS) / 4 for row in rows)
+    tree = {"model": {"path": "tiny"}, "data": {"sources": [{"path": "tiny", "split": "test", "limit": 8}]}}
+    tree |= {"prompting": prompting, "sampling": {"samples": 1, "max_tokens": 16}, "output": str(tmp_path / "e.json")}
+    launched("evaluate.py", "--config", write_yaml(tmp_path / "evaluate.yaml", tree))
+    texts = [row["text"] for row in read_lines(tmp_path / "e.completions.jsonl")]
+    assert len(texts) == 8 and all(text.startswith("<think>Let me") for text in texts)

@@ -203,21 +203,20 @@ def test_one_beginning_of_sequence():
     )
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     for name in ("r1_zero", "chat"):
-        template = Template(tokenizer, name, "m")
-        ids = (
-            template.prompt_ids(template.prompt("Why?")) + template.prefill_ids("<think>") + template.reply_ids("No.")
-        )
-        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+        template = Template(tokenizer, name, "m", prefill="<think>")
         prompt = template.prompt_ids(template.prompt("Why?"))
+        ids = prompt + template.reply_ids("No.")
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
         assert tokenizer.convert_tokens_to_ids("<|endoftext|>") not in prompt
 
 
 @pytest.mark.parametrize("prefill", ["<think>", "<think>\nLet me", "Let me", ""])
 def test_a_prefill_continues_what_the_prompt_has_opened(prefill):
-    template = template_of(OPENED)
-    ids = template.prompt_ids(template.prompt("Why?")) + template.prefill_ids(prefill)
+    template = Template(tokenizer_of(OPENED), "chat", "m", prefill=prefill)
+    ids = template.prompt_ids(template.prompt("Why?"))
     text = template.tokenizer.decode(ids)
     assert text.count("<think>") == 1 and text.endswith("Let me" if "Let me" in prefill else OPENS)
+    assert text.endswith(template.text([]))
 
 
 def rows_file(tmp_path, rows) -> Source:

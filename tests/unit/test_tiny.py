@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from r1dist.config import EvaluateRun
 from r1dist.config.loader import parse
 from r1dist.data.prompts import prompt_dataset
+from r1dist.data.templates import load_template
 from r1dist.evaluation.evaluate import measure
 from r1dist.generation.engine import Sampling
 from r1dist.generation.local import load_engine
@@ -111,14 +112,12 @@ def test_asked_the_base_mostly_answers_at_once_and_is_mostly_wrong(scores):
     assert 0.5 < sampled.language < 0.97
 
 
-def test_thinking_pays(template, pool):
+def test_thinking_pays(pool):
     """Started on a chain, the base is far better than asked; and chains leave room to improve."""
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 200
-    dataset = prompt_dataset(run.data, template, 512, 112)
-    started = dataset.map(
-        lambda row: {"prompt_ids": row["prompt_ids"] + template.prefill_ids("<think>Let me work it out.")}
-    )
+    template = load_template(run.model, "chat", prefill="<think>Let me work it out.")
+    started = prompt_dataset(run.data, template, 512, 112)
     scores, _ = measure(
         run, load_engine(run.model, template, 256), template, started, Sampling(112, temperature=0), 1, pool
     )
