@@ -211,12 +211,18 @@ def _empty_model(reader: "GGUFReader", path: Path) -> PreTrainedModel:
 
 
 def _load(path: Path, dtype: str) -> PreTrainedModel:
+    """The model with dequantized weights. Raises `UserError` if one cannot be read or is not there."""
     try:
-        return AutoModelForCausalLM.from_pretrained(path.absolute().parent, gguf_file=path.name, dtype=dtype).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.absolute().parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
+        )
     except NotImplementedError as error:
         raise UserError(
             f"gguf: {path} is quantized in a way that cannot be read: {error}. Take another file."
         ) from error
+    if info["missing_keys"]:
+        raise UserError(f"gguf: {path} has no weights for {min(info['missing_keys'])}. Take another file.")
+    return model.eval()
 
 
 def _copy(loaded: PreTrainedModel, empty: PreTrainedModel) -> PreTrainedModel:

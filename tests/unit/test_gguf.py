@@ -191,6 +191,10 @@ def add_unreadable(writer):
     writer.add_tensor("blk.1.ffn_up.weight", values.numpy(), raw_dtype=kind)
 
 
+def add_misnamed(writer):
+    writer.add_tensor("blk.1.ffn_app.weight", torch.zeros(INNER, HIDDEN).numpy())
+
+
 def refused(path, output) -> str:
     with pytest.raises(UserError) as error:
         convert(ConvertRun(gguf=str(path), output_dir=str(output)))
@@ -210,6 +214,7 @@ def refused(path, output) -> str:
         ({"without": ["blk.1.ffn_up"]}, "tensors are missing or would be lost"),
         ({"extra": [lambda w: w.add_tensor("rope_freqs.weight", torch.ones(8).numpy())]}, "or would be lost"),
         ({"without": ["blk.1.ffn_up"], "extra": [add_unreadable]}, "quantized in a way that cannot be read"),
+        ({"without": ["blk.1.ffn_up"], "extra": [add_misnamed]}, "no weights for model.layers.1.mlp.up_proj.weight"),
         ({"extra": [lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)]}, "scales its rotary embeddings"),
     ],
 )
