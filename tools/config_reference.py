@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from r1dist.config.convert import ConvertRun
 from r1dist.config.loader import GRPO_DEFAULTS, RENAMED, TRL_DEFAULTS
 from r1dist.config.objective import LOSS_TYPES, PAPER
 from r1dist.config.pipeline import PipelineRun
@@ -18,7 +19,7 @@ from r1dist.config.tree import may_change, section_of
 from r1dist.config.trl_fields import MAY_CHANGE, TRL_CLASS, field_types
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration_reference.md"
-LAUNCHERS = (GRPORun, SFTRun, RewardModelRun, SampleRun, EvaluateRun, PipelineRun, ServeRun, ChatRun)
+LAUNCHERS = (GRPORun, SFTRun, RewardModelRun, SampleRun, EvaluateRun, PipelineRun, ServeRun, ChatRun, ConvertRun)
 # The fields of TRL and transformers that most runs set, and what they mean.
 COMMON = {
     "output_dir": "The folder of the run. It belongs to one run.",

@@ -1,5 +1,6 @@
 """Every field of the YAML files, the loader, and the checks. Imports no torch."""
 
+from .convert import ConvertRun
 from .data import Data, Source
 from .model import Lora, Model
 from .rewards import Reward, Verify

@@ -14,7 +14,7 @@ FLOORS = [
     {"models"},
     {"data", "run"},
     {"rewards", "generation"},
-    {"rl", "sft", "sampling", "evaluation"},
+    {"rl", "sft", "sampling", "evaluation", "gguf"},
     {"reward_models"},
     {"pipeline"},
     {"cluster"},
