@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
+from .gym import check_tasks
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
 from .runs import EvaluateRun, GRPORun, SFTRun, TrainingRun
@@ -19,6 +20,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
 
     Raises `UserError`.
     """
+    check_tasks(run, where)
     if isinstance(run, SampleRun):
         _check_generators(run)
     if isinstance(run, SampleRun | EvaluateRun):

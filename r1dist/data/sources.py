@@ -2,7 +2,8 @@
 
 A row leaves here with the same columns: `problem`, `answer` (for rewards), `earlier` (the exchanges before the
 problem), `messages` (for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`; a
-program's `tests` (JSON) and `language`. Rows that cannot be used are counted and left out.
+program's `tests` (JSON) and `language`; a task's `entry` (`gym.rows`). Rows that cannot be used are counted and
+left out.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..config import Source
+from ..config.gym import PATH as GYM
 from ..errors import UserError
 from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_stratos, turns
 from .mapping import mapped
@@ -26,7 +28,7 @@ TEXT = Value("string")
 ABOUT = {"source": TEXT, "kind": TEXT}
 PROBLEM = {
     "problem": TEXT, "earlier": List({"question": TEXT, "reply": TEXT}), "answer": TEXT, "system": TEXT,
-    "tests": TEXT, "language": TEXT, **ABOUT,
+    "tests": TEXT, "language": TEXT, "entry": TEXT, **ABOUT,
 }  # fmt: skip
 LISTED = {**PROBLEM, "answer": List(TEXT)}
 CONVERSATION = {"messages": List({"role": TEXT, "content": TEXT}), "completion": TEXT, **ABOUT}
@@ -37,7 +39,7 @@ REASONS = 5
 
 
 def load_problems(sources: list[Source]) -> Dataset:
-    """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests` and `language`.
+    """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests`, `language` and `entry`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
     source holds lists of equally right answers, `answer` is a list in all rows.
@@ -152,7 +154,8 @@ def _problems(source: Source) -> Dataset:
     def convert(row: dict) -> dict:
         system, earlier, problem = _asked(source, row)
         gold = answer(row)
-        if gold is None and source.kind == "math":
+        entry = row["entry"] if source.path == GYM else None
+        if gold is None and source.kind == "math" and entry is None:
             raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
         tests = value_of(row, source.tests) if source.tests else None
         return {
@@ -162,6 +165,7 @@ def _problems(source: Source) -> Dataset:
             "system": system,
             "tests": tests if tests is None or isinstance(tests, str) else json.dumps(tests),
             "language": as_text(value_of(row, source.language)) if source.language else None,
+            "entry": entry,
             "source": source.path,
             "kind": source.kind,
         }
