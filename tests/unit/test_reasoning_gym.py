@@ -9,11 +9,12 @@ import pytest
 from conftest import ROOT
 
 from r1dist.config import GRPORun, Reward, Source, Verify
-from r1dist.config.loader import build
+from r1dist.config.loader import as_tree, build
+from r1dist.config.tree import changed_on_resume
 from r1dist.data.gym import rows, split_of
 from r1dist.data.sources import load_problems
 from r1dist.errors import UserError
-from r1dist.rewards import Rewards, verifiers_of
+from r1dist.rewards import VERIFIERS, Rewards, verifiers_of
 from r1dist.rewards.golds import check_golds
 from r1dist.rewards.pool import Pool
 from r1dist.rewards.task import accuracy, task
@@ -103,6 +104,17 @@ def test_the_reward_needs_a_task_and_the_task_its_package(small_grpo, monkeypatc
         build(GRPORun, small_grpo, "run.yaml")
 
 
+def test_another_config_is_another_run(small_grpo):
+    def tree(**config):
+        small_grpo["data"]["sources"] = [{"path": "reasoning_gym", "task": "chain_sum", "config": config}]
+        return as_tree(build(GRPORun, small_grpo, "run.yaml"))
+
+    assert changed_on_resume(GRPORun, tree(max_terms=2), tree(max_terms=2)) == {}
+    assert changed_on_resume(GRPORun, tree(max_terms=2), tree(max_terms=3)) == {
+        "data.sources.0.config.max_terms": (2, 3)
+    }
+
+
 def test_the_scorer_of_the_task_decides():
     row, other = rows(source(config=SHORT, limit=2))
     right = row["answer"]
@@ -144,8 +156,8 @@ def test_mixed_rows_in_the_workers():
     assert dataset["answer"][-1] is None
     texts = [answered(answer) for answer in dataset["answer"]]
     rewards = {"task": Reward(), "accuracy": Reward()}
-    # The fork server may have begun with another test's verifiers, without reasoning-gym.
-    with Pool(verifiers_of((), sources), Verify(workers=1, seconds=120)) as pool:
+    # All tests share a fork server: it may have begun without reasoning-gym, or begins here and needs all for them.
+    with Pool(VERIFIERS, Verify(workers=1, seconds=120)) as pool:
         check_golds("accuracy", dataset, pool)
         scorers = Rewards(rewards, pool, dataset).scorers
         assert scorers["task"](texts, list(dataset)) == [None, None, 1, 1, 0.01]
