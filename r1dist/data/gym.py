@@ -3,10 +3,12 @@
 import ast
 import hashlib
 import itertools
+import logging
 import os
 import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import numpy as np
 from ..config import Source
 from ..config.gym import CHUNK, PATH, create
 from ..errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ROWS = 500
 TEST_SHARE = 10  # one question in ten belongs to the test split
@@ -41,6 +45,7 @@ def rows(source: Source) -> list[dict]:
             f"{where}: its items depend on Python's hash seed, which is another one in each process.\n"
             "Start the command with `PYTHONHASHSEED=0`, or choose another task."
         )
+    logger.info("%s: generating %d rows", where, wanted)
     found: dict[str, dict] = {}
     drawn = missed = 0
     for chunk in itertools.count():
@@ -71,7 +76,7 @@ def _chunk_seed(seed: int, chunk: int) -> int:
 def _items(task: str, config: dict, seed: int, where: str) -> Iterator[dict]:
     items = create(task, config, seed)
     for index in range(CHUNK):
-        with _seeded(seed + index):
+        with _seeded(seed + index), redirect_stdout(sys.stderr):  # some tasks print
             try:
                 item = items[index]
             except Exception as error:  # whatever it is: some values of `config` are refused here only
