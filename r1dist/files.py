@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import UserError
@@ -21,6 +22,7 @@ REFERENCE = "reference.safetensors"  # the reference model, once it was reset
 TRACES = "traces"  # folder: a line for each rollout, one file for each rank
 LOGS, SERVERS = "logs", "servers"  # folders that may be there before the run begins
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")
+OPTIONAL_PACKAGES = {"reasoning_gym": "reasoning-gym"}  # module -> distribution
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -42,7 +44,8 @@ def write_run_file(folder: Path, launcher: str, config: dict, data: dict[str, st
 
 def versions() -> dict[str, str]:
     """The versions of the packages that affect a run's result."""
-    return {name: version(name) for name in PACKAGES}
+    optional = [name for module, name in OPTIONAL_PACKAGES.items() if find_spec(module) is not None]
+    return {name: version(name) for name in (*PACKAGES, *optional)}
 
 
 def write_json(path: Path, content: dict, mode: int = 0o644) -> None:

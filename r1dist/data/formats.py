@@ -11,6 +11,7 @@ STRATOS = re.compile(
     r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>", re.DOTALL
 )
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+CALCULATION = re.compile(r"<<[^<>]*>>")
 NESTED = re.compile(r"\\(?:boxed|fbox)")
 COMMAND = r"\\[A-Za-z]+(?:\{[^{}]*\})+"
 BARE_BOX = re.compile(rf"\\(boxed|fbox)(?:\s+([^\s{{}}\\$]*[^\s{{}}\\$.,;:])|\s*(\d+|{COMMAND}))")
@@ -135,3 +136,12 @@ def rewrite_stratos(completion: str) -> str | None:
     if found is None:
         return None
     return f"<think>{found[1].strip()}</think>\n<answer>{found[2].strip()}</answer>"
+
+
+def rewrite_hashes(solution: str) -> str | None:
+    """GSM8K's worked solution, which ends in `####` and the answer, as a thought and an answer in their tags.
+
+    Without its calculator annotations (`<<48/2=24>>`). None where the solution or the answer is missing.
+    """
+    thought, _, answer = (part.strip() for part in CALCULATION.sub("", solution).rpartition("####"))
+    return f"<think>{thought}</think>\n<answer>{answer}</answer>" if thought and answer else None

@@ -1,4 +1,4 @@
-"""Rows as a source has them: of a hub id, a local folder or file, or the tiny problem generator."""
+"""Rows as a source has them: of a hub id, a local folder or file, or generated."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow import ArrowInvalid
 
 from ..config import Source
+from ..config.gym import PATH as GYM
+from ..config.gym import SPLITS
 from ..errors import UserError
 from ..tiny import talk, worked
+from . import gym
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves: of a Dataset, a DatasetDict
@@ -26,6 +29,7 @@ GENERATED: dict[str, Callable[[Source], list[dict]]] = {
     "tiny_unsafe": lambda source: talk.rows(source.seed, source.split, unsafe=True),
     "tiny_pairs": lambda source: talk.pairs(source.seed, source.split),
     "tiny_judged": lambda source: talk.judged(source.seed, source.split),
+    GYM: gym.rows,
 }
 
 
@@ -35,8 +39,8 @@ def read(source: Source) -> Dataset:
     Raises `UserError` for what is not there, cannot be read or holds no rows.
     """
     if source.path in GENERATED:
-        if source.split not in ("train", "test"):
-            raise UserError(f"data.sources: {source.path} has no split `{source.split}`; it has train, test.")
+        if source.split not in SPLITS:
+            raise UserError(f"data.sources: {source.path} has no split `{source.split}`; it has {', '.join(SPLITS)}.")
         return Dataset.from_list(GENERATED[source.path](source)[: source.limit])
     path = Path(source.path)
     if path.is_file() and path.suffix not in READERS:

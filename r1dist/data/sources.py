@@ -2,7 +2,8 @@
 
 A row leaves here with the same columns: `problem`, `answer` (for rewards), `earlier` (the exchanges before the
 problem), `messages` (for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`; a
-program's `tests` (JSON) and `language`. Rows that cannot be used are counted and left out.
+program's `tests` (JSON) and `language`; a task's `entry` (`gym.rows`). Rows that cannot be used are counted and
+left out.
 """
 
 import json
@@ -15,8 +16,9 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from ..config import Source
+from ..config.gym import PATH as GYM
 from ..errors import UserError
-from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_stratos, turns
+from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
 from .mapping import mapped
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
@@ -26,18 +28,20 @@ TEXT = Value("string")
 ABOUT = {"source": TEXT, "kind": TEXT}
 PROBLEM = {
     "problem": TEXT, "earlier": List({"question": TEXT, "reply": TEXT}), "answer": TEXT, "system": TEXT,
-    "tests": TEXT, "language": TEXT, **ABOUT,
+    "tests": TEXT, "language": TEXT, "entry": TEXT, **ABOUT,
 }  # fmt: skip
 LISTED = {**PROBLEM, "answer": List(TEXT)}
 CONVERSATION = {"messages": List({"role": TEXT, "content": TEXT}), "completion": TEXT, **ABOUT}
 PAIR = {"problem": TEXT, "chosen": TEXT, "rejected": TEXT}
 LABELLED = {"problem": TEXT, "completion": TEXT, "label": Value("int64")}
+REWRITE = {"hashes": rewrite_hashes, "stratos": rewrite_stratos}
+"""`completion_format` -> the completion in its tags, or None."""
 REASONS = 5
 """At most so many are named of why rows were left out."""
 
 
 def load_problems(sources: list[Source]) -> Dataset:
-    """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests` and `language`.
+    """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests`, `language` and `entry`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
     source holds lists of equally right answers, `answer` is a list in all rows.
@@ -152,7 +156,8 @@ def _problems(source: Source) -> Dataset:
     def convert(row: dict) -> dict:
         system, earlier, problem = _asked(source, row)
         gold = answer(row)
-        if gold is None and source.kind == "math":
+        entry = row["entry"] if source.path == GYM else None
+        if gold is None and source.kind == "math" and entry is None:
             raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
         tests = value_of(row, source.tests) if source.tests else None
         return {
@@ -162,6 +167,7 @@ def _problems(source: Source) -> Dataset:
             "system": system,
             "tests": tests if tests is None or isinstance(tests, str) else json.dumps(tests),
             "language": as_text(value_of(row, source.language)) if source.language else None,
+            "entry": entry,
             "source": source.path,
             "kind": source.kind,
         }
@@ -190,10 +196,10 @@ def _conversations(source: Source) -> Dataset:
             own = messages[0]["role"] == "system"
             messages = [{"role": "system", "content": system}, *messages[own:]]
         completion = last["content"]
-        if source.completion_format == "stratos":
-            completion = rewrite_stratos(completion)
+        if source.completion_format in REWRITE:
+            completion = REWRITE[source.completion_format](completion)
             if completion is None:
-                raise UnusableRow("no marks of `stratos` in the completion")
+                raise UnusableRow(f"no marks of `{source.completion_format}` in the completion")
         return {"messages": messages, "completion": completion, "source": source.path, "kind": source.kind}
 
     mend = "Set `conversation`, or `problem` and `completion`, of this source."

@@ -64,7 +64,7 @@ def evaluate(run: EvaluateRun) -> dict:
     asked = None if run.requests is None else request_dataset(run, template, context)
     greedy = Sampling(run.sampling.max_tokens, temperature=0)
     sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
-    with Pool(verifiers_of(()), run.verify) as pool:
+    with Pool(verifiers_of((), run.data.sources), run.verify) as pool:
         check_golds("accuracy", dataset, pool)
         with _engine(run, template, dataset, asked) as engine:
             scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)

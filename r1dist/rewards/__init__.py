@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, as_completed
 from typing import TYPE_CHECKING, Any
 
+from ..config import Source
+from ..config.gym import PATH as GYM
 from ..config.rewards import Reward, check_rewards, parameters
 from ..errors import VerifiersBroken
 from .code.reward import code, code_format
@@ -17,10 +19,10 @@ from .format import format_reward, soft_format, tag_count
 from .golds import GRADED, check_golds_of
 from .language import language
 from .length import cosine, length, overlong
-from .math.accuracy import accuracy
 from .pool import Pool
 from .repetition import repetition
 from .steps import reasoning_steps
+from .task import accuracy, task
 
 if TYPE_CHECKING:  # nothing for a pool's workers to import
     from datasets import Dataset
@@ -49,6 +51,7 @@ VERIFIERS: dict[str, Callable[..., float | None]] = {
     "language": language,
     "reasoning_steps": reasoning_steps,
     "repetition": repetition,
+    "task": task,
 }
 """The same, where a completion can make them slow, or worse: only ever called in a pool's workers."""
 THINKING = {"format", "language", "soft_format"}
@@ -57,9 +60,10 @@ VERIFIED = "verified"
 """Column of `score`'s rows: verifier -> score."""
 
 
-def verifiers_of(rewards: Iterable[str]) -> dict[str, Callable[..., float | None]]:
-    """The verifiers that these rewards need of a pool, and `accuracy`, by which gold answers are checked."""
-    return {name: function for name, function in VERIFIERS.items() if name in {"accuracy", *rewards}}
+def verifiers_of(rewards: Iterable[str], sources: Iterable[Source]) -> dict[str, Callable[..., float | None]]:
+    """The verifiers that these rewards and rows need of a pool, and `accuracy`, by which gold answers are checked."""
+    needed = {"accuracy", *rewards, *("task" for source in sources if source.path == GYM)}
+    return {name: function for name, function in VERIFIERS.items() if name in needed}
 
 
 class Rewards:

@@ -16,10 +16,11 @@ LOOKED_AT = 2000
 """Of more rows, so many are looked at, spread over all; all others, too, if none of them can be scored."""
 GRADED = ("cosine", "length")
 """Rewards whose rows hold the completion's `accuracy`."""
-COLUMNS = {"accuracy": ["answer"], "code": ["tests", "language"]}
+COLUMNS = {"accuracy": ["answer", "entry"], "task": ["entry"], "code": ["tests", "language"]}
 """Verifier -> what it reads of a row."""
 LACKING = {
     "accuracy": ("no gold answer parses", "`answer` or `answer_format`"),
+    "task": ("no row is of a task", "`path: reasoning_gym`"),
     "code": ("no row has tests that can be run", "`tests` and `language`"),
 }
 

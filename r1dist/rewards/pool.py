@@ -28,8 +28,8 @@ from ..errors import VerifiersBroken
 DEATHS = 3  # an item that was being verified when this many workers died has killed them
 BACK_OFF = 15.0  # seconds between two tries, at most, while nothing can be verified
 START_SECONDS = 120.0
-SLOW_AT_FIRST = ("accuracy", "language")
-"""Verifiers whose first score is made in the fork server, by a module `warm_*`."""
+SLOW_AT_FIRST = ("accuracy", "language", "task")
+"""Verifiers that are slow at first: the fork server imports a module `warm_*`, which does what takes so long."""
 MIB = 2**20
 
 Verifier = Callable[..., float | None]

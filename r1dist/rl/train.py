@@ -28,6 +28,7 @@ from .trainer import GRPOTrainer
 COLUMNS = {
     "reward": "reward",
     "accuracy": "rewards/accuracy/mean",
+    "task": "rewards/task/mean",
     "format": "rewards/format/mean",
     "tokens": "completions/mean_length",
     "seconds": "step_time",
@@ -38,7 +39,8 @@ def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
     set_up_process(use_cpu=run.trl.get("use_cpu", False))
     check_lora(run.model)
-    with Pool(verifiers_of(run.rewards), run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
+    verifiers = verifiers_of(run.rewards, run.data.sources)
+    with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
         _train(run, pool)
 
 

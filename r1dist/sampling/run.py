@@ -39,7 +39,8 @@ def sample(run: SampleRun) -> dict:
     """
     set_up_process()
     folder = Path(run.output_dir)
-    with Pool(verifiers_of(()), run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
+    verifiers = verifiers_of((), [source for generator in run.generators for source in generator.data.sources])
+    with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
         asked = _prompts(run, pool)
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
             for generator, prompts in zip(run.generators, asked, strict=True):

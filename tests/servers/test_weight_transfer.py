@@ -195,7 +195,7 @@ def test_a_run_whose_only_server_is_lost_within_a_broadcast_ends_with_a_checkpoi
 
     threading.Thread(target=end_the_server, daemon=True).start()
     with (
-        Pool(verifiers_of(run.rewards), run.verify) as pool,
+        Pool(verifiers_of(run.rewards, run.data.sources), run.verify) as pool,
         pytest.raises(RunStopped, match="no server could be used"),
     ):
         _train(run, pool)

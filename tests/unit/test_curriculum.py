@@ -25,6 +25,8 @@ def test_a_pass_rate_is_of_the_last_time_before_the_epoch():
         assert pass_rates(order, before=4) == {7: 0.5, 9: 1.0}
     assert pass_rates(rows, before=5) == {7: 0.0, 9: 1.0}
     assert pass_rates([{"prompt_id": 1, "step": 0, "rewards": {"code": 1.0}}], before=5) == {}
+    marks = [{"prompt_id": 1, "step": 0, "rewards": {"task": mark}} for mark in (1.0, 0.5, None)]
+    assert pass_rates(marks, before=5) == {1: 0.5}
 
 
 def test_prompts_of_unknown_rate_are_neither_kept_nor_dropped():

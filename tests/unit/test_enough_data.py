@@ -110,7 +110,7 @@ def test_rows_that_are_left_out_do_not_count(tmp_path, monkeypatch):
 
 
 def rows_of(**columns) -> Dataset:
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict({"entry": [None] * len(next(iter(columns.values()))), **columns})
 
 
 def test_golds_of_which_none_parses_are_refused_and_some_are_counted(pool, caplog, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from r1dist.config import Reward
-from r1dist.data.formats import gold_answer, last_boxed, rewrite_stratos, turns
+from r1dist.data.formats import gold_answer, last_boxed, rewrite_hashes, rewrite_stratos, turns
 from r1dist.errors import UserError
 from r1dist.rewards import Rewards
 from r1dist.rewards.format import format_reward
@@ -135,6 +135,15 @@ def test_conversations():
     marks = "<|begin_of_thought|> t <|end_of_thought|>\n\n<|begin_of_solution|> s <|end_of_solution|>"
     assert rewrite_stratos(marks) == "<think>t</think>\n<answer>s</answer>"
     assert rewrite_stratos("no marks") is None
+
+
+def test_worked_solutions_become_completions():
+    solution = "Half: 48/2 = <<48/2=24>>24 clips.\nAltogether 48+24 = <<48+24=72>>72 clips.\n#### 72"
+    thought = "Half: 48/2 = 24 clips.\nAltogether 48+24 = 72 clips."
+    assert rewrite_hashes(solution) == f"<think>{thought}</think>\n<answer>72</answer>"
+    assert format_reward(rewrite_hashes(solution), {}) == 1
+    for unusable in ("no marks", "a thought\n#### ", "#### 72"):
+        assert rewrite_hashes(unusable) is None
 
 
 def test_a_reward_may_begin_in_the_last_part_of_a_run(pool):
