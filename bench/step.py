@@ -39,7 +39,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Traine
 from r1dist.config import Model, Serve, TrainRL, Verify
 from r1dist.config import Rollout as RolloutSettings
 from r1dist.config.rewards import Reward
-from r1dist.data.length_groups import partition
+from r1dist.data.length_groups import by_length
 from r1dist.data.templates import load_template
 from r1dist.files import SERVERS
 from r1dist.generation.engine import Request, Rollout
@@ -340,7 +340,7 @@ def attention_seconds(lengths: list[int], micro_batches: int) -> float:
     """Of scaled dot products, forward and backward, in the shapes of the random model's micro-batches."""
     layers, heads, width = 6, 8, 32
     total = 0.0
-    for group in partition(lengths, micro_batches, packed=False):
+    for group in by_length(lengths, packed=False).partition(micro_batches):
         longest = max(lengths[i] for i in group)
         q, k, v = (torch.randn(len(group), heads, longest, width, requires_grad=True) for _ in range(3))
         mask = torch.ones(len(group), 1, longest, longest, dtype=torch.bool).tril()

@@ -174,7 +174,7 @@ def reward_models(run: GRPORun | SFTRun | RewardModelRun, config: PretrainedConf
 
 
 def step_of(run: GRPORun | SFTRun | RewardModelRun, config: PretrainedConfig, held: int, mixed: bool) -> Step:
-    """The largest micro-batch of the run."""
+    """The largest micro-batch of the run. One with shared prompts holds more rollouts in as much (`Size.cost`)."""
     rows, offload, kernel = trl_value(run, "per_device_train_batch_size"), False, run.model.attn_implementation
     if kernel == "auto":
         kernel = attention(run.model, half=mixed or held < 4)

@@ -41,6 +41,7 @@ class Model:
     """The dtype of the weights held by the trainer. Mixed precision is `bf16`, TRL's field."""
     attn_implementation: MayChange[str] = "auto"
     """The attention kernel of transformers: `sdpa`, `eager`, `flash_attention_2`, ... `auto`: flash attention on a GPU
-    where it is installed, else `sdpa`. With flash attention rollouts are trained on without padding."""
+    where it is installed, else `sdpa`. With flash attention rollouts are trained on without padding,
+    with `sdpa` a prompt is computed once for its rollouts, where that saves work."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights (needs `peft`)."""

@@ -50,4 +50,4 @@ class TrainRL(Train):
     """[least, most] share of right answers. From the second epoch on, a prompt with a rate outside when it
     was last asked is replaced by one within. Unset: every epoch has every prompt once."""
     token_budget: MayChange[PositiveInt | None] = None
-    """Most tokens of one forward. A micro-batch with more is divided. Unset: no bound."""
+    """Most tokens of a forward, a shared prompt counted once. Micro-batches with more are divided. Unset: no bound."""

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from trl.trainer.utils import pad
 
-from ..data.length_groups import groups_needed, partition
+from ..data.length_groups import Rows, by_length, by_prompt
 from ..generation.engine import RolloutId
+from .shared_prompts import SharedPrompts, share_prompts
 
 
 @dataclass
@@ -113,14 +115,18 @@ class MicroBatch:
     """[B, T]"""
     micro_step_tokens: float = 0.0
     """What a token-normalized loss divides by for this micro-step, see `build_micro_batches`."""
+    shared: SharedPrompts | None = None
+    """The same tokens with each prompt once. None: the forward takes `input_ids`."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved: dict[str, Any] = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in vars(self).items()}
-        return MicroBatch(**moved)
+        return MicroBatch(**send_to_device(vars(self), device))
 
 
-def collate(batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0) -> MicroBatch:
-    """All rollouts of `batch` as one micro-batch, as wide as the longest prompt and the longest completion."""
+def collate(batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0, shared: bool = False) -> MicroBatch:
+    """All rollouts of `batch` as one micro-batch, as wide as the longest prompt and the longest completion.
+
+    `shared`: the forward holds each prompt once; rollouts of one prompt follow one another.
+    """
 
     def padded(values: list[torch.Tensor] | None, value: float, side: str = "right") -> torch.Tensor | None:
         return None if values is None else pad(values, padding_value=value, padding_side=side)
@@ -140,6 +146,7 @@ def collate(batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0) ->
         old_logprobs=padded(batch.old_logprobs, 0.0),
         reference_logprobs=padded(batch.reference_logprobs, 0.0),
         micro_step_tokens=micro_step_tokens,
+        shared=share_prompts(batch.prompt_ids, batch.completion_ids, batch.counts) if shared else None,
     )
 
 
@@ -152,6 +159,8 @@ class MicroBatching:
     """Most tokens of a forward. A longer rollout is alone in its own. None: no bound."""
     packed: bool = False
     """Forwards carry no padding, so its columns cost nothing."""
+    sharing: bool = False
+    """The model can hold a prompt once for all its rollouts."""
     regroup: bool = True
     """False: rollouts stay in their rank's micro-step (`bnpo`)."""
     rank: int = 0
@@ -159,11 +168,20 @@ class MicroBatching:
     gather: Callable[[list], list] = list
     """All ranks' lists, one after another. A collective."""
 
-    def forwards_needed(self, lengths: list[int]) -> int:
-        return groups_needed(lengths, self.token_budget, self.packed)
+    def rows(self, batch: RolloutBatch, forwards: int) -> Rows:
+        """The rollouts in the order in which at least so many forwards divide them with the least work."""
+        by_size = by_length(batch.lengths, self.packed)
+        if not self.sharing:
+            return by_size
+        numbers: dict[tuple[int, ...], int] = {}
+        prompts = [numbers.setdefault(tuple(ids.tolist()), len(numbers)) for ids in batch.prompt_ids]
+        # A prompt's last token is each completion's own: it predicts the first.
+        shared, own = [len(ids) - 1 for ids in batch.prompt_ids], [len(ids) for ids in batch.completion_ids]
+        return min(by_size, by_prompt(prompts, shared, own), key=lambda rows: rows.work(forwards, self.token_budget))
 
-    def partition(self, lengths: list[int], groups: int) -> list[list[int]]:
-        return partition(lengths, groups, self.packed, self.token_budget)
+    def collate(self, batch: RolloutBatch, rows: Rows, places: list[int], tokens: float = 0.0) -> MicroBatch:
+        """One of the groups of `rows`; `tokens`: its `micro_step_tokens`."""
+        return collate(batch.select(places), self.pad_id, tokens, rows.shared)
 
 
 def build_micro_batches(
@@ -182,11 +200,12 @@ def build_micro_batches(
 
     if not how.regroup:
         parts = [part(i, 1) for i in range(micro_steps)]
-        needed = how.gather([[how.forwards_needed(each.lengths) for each in parts]])
+        divided = [how.rows(each, 1) for each in parts]
+        needed = how.gather([[rows.groups_needed(how.token_budget) for rows in divided]])
         forwards = map(max, zip(*needed, strict=True))
         return [
-            [collate(each.select(places), how.pad_id, each.loss_tokens) for places in how.partition(each.lengths, n)]
-            for each, n in zip(parts, forwards, strict=True)
+            [how.collate(each, rows, places, each.loss_tokens) for places in rows.partition(n, how.token_budget)]
+            for each, rows, n in zip(parts, divided, forwards, strict=True)
         ]
     tokens = sum(how.gather([batch.loss_tokens])) / how.ranks / micro_steps
     found: list[list[MicroBatch]] = []
@@ -194,9 +213,10 @@ def build_micro_batches(
         steps = min(accumulation, micro_steps - first)
         local = part(first, steps)
         step = concatenate(how.gather([local])) if how.ranks > 1 else local
-        on_each_rank = max(steps, math.ceil(how.forwards_needed(step.lengths) / how.ranks))
-        mine = how.partition(step.lengths, on_each_rank * how.ranks)[how.rank :: how.ranks]
-        batches = [collate(step.select(places), how.pad_id, tokens) for places in mine]
+        rows = how.rows(step, steps * how.ranks)
+        on_each_rank = max(steps, math.ceil(rows.groups_needed(how.token_budget) / how.ranks))
+        mine = rows.partition(on_each_rank * how.ranks, how.token_budget)[how.rank :: how.ranks]
+        batches = [how.collate(step, rows, places, tokens) for places in mine]
         bounds = [round(i * len(batches) / steps) for i in range(steps + 1)]
         found += [batches[a:b] for a, b in itertools.pairwise(bounds)]
     return found

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions' tokens: one forward, padded or packed, and a whole batch in several."""
+"""Log-probabilities of completions' tokens: one forward, padded, packed or with shared prompts, and a batch's."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .batch import MicroBatch, MicroBatching, RolloutBatch, collate
-
-IGNORED = -100
+from .batch import MicroBatch, MicroBatching, RolloutBatch
+from .shared_prompts import IGNORED, SharedPrompts
 
 
 class Forward(NamedTuple):
@@ -26,8 +25,11 @@ def forward(model: nn.Module, batch: MicroBatch, packed: bool, router_loss: bool
 
     `packed`: rollouts follow one another in a single row without padding. Positions start anew with each rollout;
     that is how transformers' flash attention keeps them apart (sdpa and eager build a mask of blocks, whose cost grows
-    with the square of the row).
+    with the square of the row). A micro-batch with shared prompts is one row, too, in which `shared_prompts.attend`
+    keeps sequences apart.
     """
+    if batch.shared is not None:
+        return _forward_shared(model, batch.mask, batch.shared)
     keep, options = batch.mask.size(1), {"output_router_logits": True} if router_loss else {}
     real = batch.attention_mask.bool()
     labels = batch.input_ids.masked_fill(~real, IGNORED)
@@ -57,6 +59,20 @@ def forward(model: nn.Module, batch: MicroBatch, packed: bool, router_loss: bool
     return Forward(completions(output.log_probs), completions(output.entropy), output.aux_loss)
 
 
+def _forward_shared(model: nn.Module, mask: torch.Tensor, shared: SharedPrompts) -> Forward:
+    output = model(
+        input_ids=shared.input_ids, position_ids=shared.positions, shift_labels=shared.labels,
+        attention_mask=shared.mask, shared_prompts=shared.slots, fused_lm_head=True,
+    )  # fmt: skip
+
+    def completions(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        return values.new_zeros(mask.numel()).index_put((shared.entries,), values[0, shared.places]).view_as(mask)
+
+    return Forward(completions(output.log_probs), completions(output.entropy), None)
+
+
 @torch.no_grad()
 def batch_logprobs(
     model: nn.Module, batch: RolloutBatch, rollouts_at_once: int, how: MicroBatching, device: torch.device,
@@ -67,13 +83,13 @@ def batch_logprobs(
     All ranks make as many forwards (ZeRO-3 gathers weights in each). A collective.
     """
     forwards = -(-len(batch) // rollouts_at_once)
+    rows = how.rows(batch, forwards)
     if how.token_budget is not None:
-        forwards = max(forwards, *how.gather([how.forwards_needed(batch.lengths)]))
+        forwards = max(forwards, *how.gather([rows.groups_needed(how.token_budget)]))
     found: dict[int, torch.Tensor] = {}
-    for places in how.partition(batch.lengths, forwards):
-        chosen = batch.select(places)
-        logprobs = forward(model, collate(chosen, how.pad_id).to(device), how.packed).logprobs.float().cpu()
+    for places in rows.partition(forwards, how.token_budget):
+        logprobs = forward(model, how.collate(batch, rows, places).to(device), how.packed).logprobs.float().cpu()
         heartbeat()
-        for place, row, ids in zip(places, logprobs, chosen.completion_ids, strict=True):
-            found[place] = row[: len(ids)].clone()
+        for place, row in zip(places, logprobs, strict=True):
+            found[place] = row[: len(batch.completion_ids[place])].clone()
     return [found[place] for place in range(len(batch))]

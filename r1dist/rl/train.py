@@ -23,6 +23,8 @@ from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.progress import show_progress
 from ..run.setup import check_rows, computing_dtype, hardware_defaults, run_folder, trl_arguments
+from .shared_prompts import ATTENTION as SHARED_PROMPTS
+from .shared_prompts import can_share
 from .trainer import GRPOTrainer
 
 COLUMNS = {
@@ -72,7 +74,10 @@ def _train(run: GRPORun, pool: Pool) -> None:
 def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
     values = hardware_defaults(run.trl, run.model.dtype)
-    return trl_arguments(trl.GRPOConfig, **values, model_init_kwargs=model_init_kwargs(run.model, values))
+    loading = model_init_kwargs(run.model, values)
+    if loading["attn_implementation"] == "sdpa" and can_share(load_model_config(run.model)):
+        loading["attn_implementation"] = SHARED_PROMPTS
+    return trl_arguments(trl.GRPOConfig, **values, model_init_kwargs=loading)
 
 
 def build_trainer(

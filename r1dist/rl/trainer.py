@@ -37,6 +37,7 @@ from .loss import LossConfig, grpo_loss, loss_normalizer
 from .prompts import Prompts
 from .reference import restore_reference, save_reference_link, use_reference_reset
 from .rollouts import RolloutPipeline
+from .shared_prompts import ATTENTION as SHARED_PROMPTS
 
 
 class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
@@ -67,10 +68,12 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         # The in-process engine draws from the trained module itself: there is nothing to correct.
         corrected = not isinstance(self.engine, InProcessEngine)
         self.loss_config = LossConfig.of(self.args, corrected=corrected, stale=max_staleness > 0)
-        packed, regroup = "flash" in (self.model.config._attn_implementation or ""), self.loss_type != "bnpo"
+        kernel, regroup = self.model.config._attn_implementation or "", self.loss_type != "bnpo"
+        # A router's load-balancing loss is over the tokens of a forward, in which a prompt counts for each rollout.
+        sharing = kernel == SHARED_PROMPTS and not self.aux_loss_enabled
         self.micro_batching = MicroBatching(
-            self.processing_class.pad_token_id, settings.token_budget, packed, regroup, self.args.process_index,
-            self.args.world_size, gather_object,
+            self.processing_class.pad_token_id, settings.token_budget, "flash" in kernel, sharing, regroup,
+            self.args.process_index, self.args.world_size, gather_object,
         )  # fmt: skip
         self.pipeline: RolloutPipeline | None = None
         self.batch: RolloutBatch | None = None

@@ -2,12 +2,13 @@
 
 import random
 from collections import Counter
-from itertools import combinations, pairwise
+from collections.abc import Callable
+from itertools import combinations, groupby, pairwise
 
 import pytest
 import torch
 
-from r1dist.data.length_groups import groups_needed, partition
+from r1dist.data.length_groups import by_length, by_prompt
 from r1dist.rl.batch import MicroBatching, RolloutBatch, build_micro_batches, collate, concatenate
 
 PAD = 362
@@ -41,16 +42,21 @@ def rollouts(prompts: list[int], completions: list[int], first: int = 0, counts:
 
 
 def drawn(chance: random.Random, rows: int, first: int) -> RolloutBatch:
-    lengths = ([chance.randint(1, 60) for _ in range(rows)] for _ in range(2))
-    return rollouts(*lengths, first=first)
+    """Of up to four prompts."""
+    prompts, completions = ([chance.randint(1, 60) for _ in range(n)] for n in (4, rows))
+    batch = rollouts(prompts, [1] * 4).prompt_ids
+    found = rollouts([1] * rows, completions, first=first)
+    found.prompt_ids = [chance.choice(batch) for _ in range(rows)]
+    return found
 
 
 @pytest.mark.parametrize("draw", range(60))
 def test_each_rollout_is_trained_on_once_and_the_work_is_even(draw):
-    """Any lengths, any budget, any number of ranks, packed or padded, regrouped or not."""
+    """Any lengths, any budget, any number of ranks, packed or padded, with shared prompts or not, regrouped or not."""
     chance = random.Random(draw)
     ranks, accumulation, rows, steps = (chance.choice(range(1, n)) for n in (5, 5, 6, 3))
-    packed, regroup = chance.random() < 0.5, chance.random() < 0.75
+    kind, regroup = chance.choice(["padded", "packed", "sharing"]), chance.random() < 0.75
+    packed, sharing = kind == "packed", kind == "sharing"
     budget = chance.choice([None, chance.randint(1, 400)])
     micro_steps = steps * accumulation
     local = [drawn(chance, rows * micro_steps, 1000 * rank) for rank in range(ranks)]
@@ -68,13 +74,13 @@ def test_each_rollout_is_trained_on_once_and_the_work_is_even(draw):
     gathered_counts = [[1] * micro_steps for _ in range(ranks)]
     if not regroup and budget is not None:
         gathered_counts = [
-            [groups_needed(b.select(range(i * rows, (i + 1) * rows)).lengths, budget, packed)
-             for i in range(micro_steps)]
+            [MicroBatching(PAD, budget, packed, sharing).rows(b.select(range(i * rows, (i + 1) * rows)), 1)
+             .groups_needed(budget) for i in range(micro_steps)]
             for b in local
         ]  # fmt: skip
     found = [
         build_micro_batches(
-            b, micro_steps, accumulation, MicroBatching(PAD, budget, packed, regroup, r, ranks, gather)
+            b, micro_steps, accumulation, MicroBatching(PAD, budget, packed, sharing, regroup, r, ranks, gather)
         )
         for r, b in enumerate(local)
     ]
@@ -90,6 +96,9 @@ def test_each_rollout_is_trained_on_once_and_the_work_is_even(draw):
         for b in batches:
             lengths = b.attention_mask.sum(1).tolist()
             cost = sum(lengths) if packed else max(lengths) * len(lengths)
+            if b.shared is not None:
+                cost = b.shared.input_ids.numel()
+                assert sharing and cost <= sum(lengths) - len(lengths)
             assert budget is None or len(lengths) == 1 or cost <= budget
     if not regroup:
         for on_rank, b in zip(found, local, strict=True):
@@ -99,25 +108,53 @@ def test_each_rollout_is_trained_on_once_and_the_work_is_even(draw):
                 assert all(m.micro_step_tokens == own.loss_tokens for m in batches)
 
 
+def cheapest(order: list[int], bins: int, cost: Callable[[list[int]], int]) -> int:
+    """The costliest group's cost, the least over every way to cut `order`."""
+    return min(
+        max(cost(order[a:b]) for a, b in pairwise((0, *cuts, len(order))))
+        for cuts in combinations(range(1, len(order)), bins - 1)
+    )
+
+
+@pytest.mark.parametrize("draw", range(50))
 @pytest.mark.parametrize("packed", [False, True])
-def test_groups_are_as_cheap_as_can_be(packed):
+def test_groups_are_as_cheap_as_can_be(packed, draw):
     """Against every way to cut the sorted rows."""
-    chance = random.Random(0)
-    for _ in range(50):
-        lengths = [chance.randint(1, 40) for _ in range(chance.randint(1, 8))]
-        bins = chance.randint(1, len(lengths))
+    chance = random.Random(draw)
+    lengths = [chance.randint(1, 40) for _ in range(chance.randint(1, 8))]
+    bins = chance.randint(1, len(lengths))
 
-        def cost(group):
-            return sum(group) if packed else len(group) * max(group)
+    def cost(group):
+        widths = [lengths[i] for i in group]
+        return sum(widths) if packed else len(widths) * max(widths)
 
-        ordered = sorted(lengths, reverse=True)
-        best = min(
-            max(cost(ordered[a:b]) for a, b in pairwise((0, *cuts, len(ordered))))
-            for cuts in combinations(range(1, len(ordered)), bins - 1)
-        )
-        groups = partition(lengths, bins, packed)
-        assert sorted(i for group in groups for i in group) == list(range(len(lengths))) and len(groups) == bins
-        assert max(cost([lengths[i] for i in group]) for group in groups) == best
+    groups = by_length(lengths, packed).partition(bins)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths))) and len(groups) == bins
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    assert max(map(cost, groups)) == cheapest(order, bins, cost)
+
+
+@pytest.mark.parametrize("draw", range(50))
+def test_so_are_those_that_share_prompts(draw):
+    """A prompt's tokens once in each group, and an eighth for each further key that attention repeats."""
+    chance = random.Random(draw)
+    rows, common = chance.randint(1, 8), [chance.randint(0, 40) for _ in range(3)]
+    prompts, own = [chance.randrange(3) for _ in range(rows)], [chance.randint(1, 40) for _ in range(rows)]
+    bins = chance.randint(1, rows)
+
+    def cost(group):
+        members = Counter(prompts[i] for i in group)
+        tokens = sum(common[p] for p in members) + sum(own[i] for i in group)
+        longest, completion = max(common[p] for p in members), max(own[i] for i in group)
+        keys = len(members) * (longest + max(members.values()) * (longest + completion))
+        return tokens + (keys - tokens) // 8
+
+    divided = by_prompt(prompts, [common[p] for p in prompts], own)
+    runs = [prompt for prompt, _ in groupby(prompts[i] for i in divided.order)]
+    assert sorted(divided.order) == list(range(rows)) and len(runs) == len(set(runs))
+    groups = divided.partition(bins)
+    assert [i for group in groups for i in group] == divided.order and len(groups) == bins
+    assert max(map(cost, groups)) == cheapest(divided.order, bins, cost)
 
 
 def unpadded(batch) -> list[tuple]:

@@ -19,7 +19,8 @@ from r1dist.rl.loss import LossConfig, grpo_loss, loss_normalizer, within_clip
 from r1dist.rl.train import build_trainer, grpo_arguments
 from r1dist.run.metrics import Metrics
 
-PROMPTS = (5, 17, 9, 30, 12, 6, 21, 8)
+PROMPTS = (30, 17, 9, 30, 30, 9, 17, 30)
+"""Rollouts whose prompts are as long have the same prompt."""
 COMPLETIONS = (40, 3, 1, 22, 35, 7, 2, 18)
 ROWS, MAX_COMPLETION = len(PROMPTS), 48
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")
@@ -122,8 +123,10 @@ def scored(trainer_of) -> RolloutBatch:
     def tokens(lengths):
         return [torch.randint(0, 300, (n,), generator=generator) for n in lengths]
 
+    prompts = dict(zip(PROMPTS, tokens(PROMPTS), strict=True))
     batch = RolloutBatch(
-        rollout_ids=[(0, i, 0) for i in range(ROWS)], prompt_ids=tokens(PROMPTS), completion_ids=tokens(COMPLETIONS),
+        rollout_ids=[(0, i, 0) for i in range(ROWS)],
+        prompt_ids=[prompts[n] for n in PROMPTS], completion_ids=tokens(COMPLETIONS),
         sampler_logprobs=[torch.zeros(n) for n in COMPLETIONS], counts=[True] * ROWS,
         advantages=torch.linspace(-1, 1.5, ROWS), policy_versions=[0] * ROWS, rewards={}, prompts=[""] * ROWS,
         texts=[""] * ROWS,
@@ -198,16 +201,18 @@ def assert_same(found, expected) -> None:
 @pytest.mark.parametrize(("beta", "cut"), [(0.0, False), (0.05, True)])
 @pytest.mark.parametrize("loss_type", [*LOSS_TYPES, "gspo"])
 def test_a_steps_loss_and_gradient_are_trls(loss_type, beta, cut, trainer_of, scored):
-    """Over TRL's padded micro-batches, and over ours by length, within a budget, packed."""
+    """Over TRL's padded micro-batches, and over ours by length, within a budget, packed, with shared prompts."""
     level = "sequence" if loss_type == "gspo" else "token"
     loss_type = "grpo" if loss_type == "gspo" else loss_type
     trainer = trainer_of(loss_type=loss_type, beta=beta, importance_sampling_level=level)
     batch = masked(scored) if cut else scored
     expected = of_trl(trainer, trl_inputs(batch))
-    for budget, packed in ((None, False), (40, False), (None, True), (40, True)):
-        trainer.micro_batching = dataclasses.replace(trainer.micro_batching, token_budget=budget, packed=packed)
-        assert_same(ours(trainer, batch, trainer.micro_batching), expected)
-    trainer.micro_batching = dataclasses.replace(trainer.micro_batching, token_budget=None, packed=False)
+    before = trainer.micro_batching
+    for budget in (None, 40):
+        for kind in ({"sharing": False}, {"sharing": True}, {"packed": True, "sharing": False}):
+            trainer.micro_batching = dataclasses.replace(before, token_budget=budget, **kind)
+            assert_same(ours(trainer, batch, trainer.micro_batching), expected)
+    trainer.micro_batching = before
 
 
 @pytest.mark.parametrize("fields", [{"delta": 1.3}, {"use_bias_correction_kl": True}, {"epsilon_high": 0.05}])
@@ -219,8 +224,9 @@ def test_further_fields_of_the_objective_are_trls(fields, trainer_of, scored):
     assert (ours(plain, scored, plain.micro_batching)[1] - expected[1]).norm() > 1e-3 * expected[1].norm()
 
 
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_two_ranks_average_to_the_same(loss_type, trainer_of, scored):
+def test_two_ranks_average_to_the_same(loss_type, sharing, trainer_of, scored):
     """Each rank holds half of the rollouts, in two micro-steps of two."""
     trainer = trainer_of(loss_type=loss_type, beta=0.05)
     regroup = loss_type != "bnpo"
@@ -236,8 +242,9 @@ def test_two_ranks_average_to_the_same(loss_type, trainer_of, scored):
     trainer.current_gradient_accumulation_steps = 2
     found = []
     for rank, half in enumerate(halves):
-        how = MicroBatching(362, None, False, regroup, rank, 2, gather)
+        how = MicroBatching(362, None, False, sharing, regroup, rank, 2, gather)
         steps = build_micro_batches(half, 2, 2, how)
+        assert sharing == any(m.shared is not None for part in steps for m in part)
         model = trainer.model.train()
         found.append(gradient_of(model, (trainer._compute_loss(model, m) for part in steps for m in part)))
     trainer.current_gradient_accumulation_steps = 4

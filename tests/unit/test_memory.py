@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from r1dist.cluster import memory
 from r1dist.cluster.memory import Step, parameter_count, step_memory
+from r1dist.data.length_groups import by_prompt
 from r1dist.rl.batch import RolloutBatch, collate
 from r1dist.rl.logprobs import forward
 from r1dist.rl.loss import LossConfig, grpo_loss
+from r1dist.rl.shared_prompts import ATTENTION
 
 VOCABULARY, HIDDEN = 16384, 192
 TILE_TOKENS, TILE_WORDS = 512, 2048
@@ -81,14 +83,15 @@ def shape(tied: bool = True) -> Qwen2Config:
     )  # fmt: skip
 
 
-def rollouts(rows: int, length: int) -> RolloutBatch:
-    """All but one as long as they may be."""
+def rollouts(rows: int, length: int, prompt: int = 16) -> RolloutBatch:
+    """Of one prompt; all but one as long as they may be."""
     torch.manual_seed(0)
-    lengths = [length - 16] * (rows - 1) + [length - 32]
+    lengths = [length - prompt] * (rows - 1) + [length - prompt - 16]
+    prompt_ids = torch.randint(1, VOCABULARY, (prompt,))
     completions = [torch.randint(1, VOCABULARY, (n,)) for n in lengths]
     return RolloutBatch(
         rollout_ids=[(0, 0, i) for i in range(rows)],
-        prompt_ids=[torch.randint(1, VOCABULARY, (16,)) for _ in range(rows)],
+        prompt_ids=[prompt_ids] * rows,
         completion_ids=completions,
         sampler_logprobs=[torch.full((n,), -9.0) for n in lengths],
         counts=[True] * rows,
@@ -101,9 +104,9 @@ def rollouts(rows: int, length: int) -> RolloutBatch:
     )
 
 
-def backward(model: PreTrainedModel, batch: RolloutBatch, mixed: bool) -> None:
+def backward(model: PreTrainedModel, batch: RolloutBatch, mixed: bool, shared: bool = False) -> None:
     """As `GRPOTrainer` makes it."""
-    micro_batch = collate(batch, 0)
+    micro_batch = collate(batch, 0, shared=shared)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         logprobs = forward(model, micro_batch, packed=False).logprobs
     loss, _ = grpo_loss(
@@ -117,11 +120,13 @@ DTYPES = {"float32": (4, 4), "autocast": (4, 2), "bfloat16": (2, 2)}
 """Bytes of weights and of the computation."""
 
 
-def counted(config: Qwen2Config, dtype: str, checkpointed: bool, rows: int, length: int, lora: bool = False) -> int:
+def counted(
+    config: Qwen2Config, dtype: str, checkpointed: bool, batch: RolloutBatch, lora: bool = False, shared: bool = False
+) -> int:
     """The most bytes that a micro-batch has beside weights and gradients."""
     held, compute = DTYPES[dtype]
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").train()
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION).train()
     model = model.bfloat16() if held == 2 else model
     trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     if lora:
@@ -132,7 +137,7 @@ def counted(config: Qwen2Config, dtype: str, checkpointed: bool, rows: int, leng
     for parameter in model.parameters():  # of earlier micro-batches
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with LiveBytes() as bytes_:
-        backward(model, rollouts(rows, length), held != compute or lora)
+        backward(model, batch, held != compute or lora, shared)
     return bytes_.peak
 
 
@@ -144,7 +149,7 @@ def test_a_steps_memory_is_estimated_within_10_percent(as_on_a_gpu, dtype, check
     config = shape(tied)
     step = Step(rows * length, rows * length**2, held, compute, checkpointed)
     estimate = step_memory(config, parameter_count(config), step)
-    assert estimate == pytest.approx(counted(config, dtype, checkpointed, rows, length), rel=0.10)
+    assert estimate == pytest.approx(counted(config, dtype, checkpointed, rollouts(rows, length)), rel=0.10)
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
@@ -152,4 +157,19 @@ def test_so_is_that_of_adapters(as_on_a_gpu, checkpointed):
     config, (rows, length) = shape(), (4, 128)
     step = Step(rows * length, rows * length**2, 2, 2, checkpointed, adapters=True)
     estimate = step_memory(config, parameter_count(config), step)
-    assert estimate == pytest.approx(counted(config, "bfloat16", checkpointed, rows, length, lora=True), rel=0.10)
+    found = counted(config, "bfloat16", checkpointed, rollouts(rows, length), lora=True)
+    assert estimate == pytest.approx(found, rel=0.10)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize(("dtype", "length", "prompt"), [("autocast", 144, 100), ("bfloat16", 80, 16)])
+def test_a_shared_prompt_takes_the_memory_of_its_cost_in_tokens(as_on_a_gpu, dtype, checkpointed, length, prompt):
+    """So a micro-batch within the token budget fits, whatever it shares."""
+    held, compute = DTYPES[dtype]
+    config, batch = shape(), rollouts(8, length, prompt)
+    own = [len(ids) for ids in batch.completion_ids]
+    size = list(by_prompt([0] * 8, [prompt - 1] * 8, own).sizes(range(8)))[-1]
+    assert size.tokens < size.cost < 8 * length
+    step = Step(size.cost, max(own) * size.width, held, compute, checkpointed)
+    estimate = step_memory(config, parameter_count(config), step)
+    assert 0.9 * estimate < counted(config, dtype, checkpointed, batch, shared=True) < 1.1 * estimate
