@@ -75,9 +75,13 @@ def python() -> str:
     return str(zygote_of_session().python)
 
 
+def launched(recursive: bool = False) -> list[psutil.Process]:
+    """What `python()` has started and what that has started in the same way; `recursive`: and in any other."""
+    return psutil.Process(zygote_of_session().process.pid).children(recursive)
+
+
 def kill_launched() -> None:
-    """Kill all that `python()` has started, and what that has started."""
-    for process in psutil.Process(zygote_of_session().process.pid).children(recursive=True):
+    for process in launched(recursive=True):
         with suppress(psutil.NoSuchProcess):  # it ended by itself a moment ago
             process.kill()
 
