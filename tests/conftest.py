@@ -1,12 +1,15 @@
 """Fixtures: the shipped base model, small YAMLs, and launchers run as a user runs them."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -63,7 +66,31 @@ def torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def _run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([python(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def python() -> str:
+    """What stands in for Python and starts a launcher in a moment: see zygote.py. The launcher ends with it, and gets
+    its signals, but has another process id, and is no child of it."""
+    return str(zygote_of_session().python)
+
+
+def launched(recursive: bool = False) -> list[psutil.Process]:
+    """What `python()` has started and what that has started in the same way; `recursive`: and in any other."""
+    return psutil.Process(zygote_of_session().process.pid).children(recursive)
+
+
+def kill_launched() -> None:
+    for process in launched(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended by itself a moment ago
+            process.kill()
+
+
+@functools.cache
+def zygote_of_session():
+    from small_runs import Zygote
+
+    return Zygote()
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -118,12 +145,7 @@ def base_model():
 @pytest.fixture(scope="session")
 def zygote():
     """Starts launchers in a moment."""
-    from small_runs import Zygote
-
-    zygote = Zygote()
-    yield zygote
-    zygote.process.stdin.close()
-    zygote.process.wait()
+    return zygote_of_session()
 
 
 @pytest.fixture

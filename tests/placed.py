@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from conftest import ROOT
 
-from r1dist.cluster import job_launcher, plan
 from r1dist.cluster.allocation import Cluster
 from r1dist.cluster.job_launcher import JobLauncher
 from r1dist.cluster.placement import GIB, Machines
@@ -44,21 +43,7 @@ RECIPES = list(_recipes())
 def placed(monkeypatch, kind: str, arguments: list[str], nodes: int, gpus: int) -> JobLauncher:
     """The job on `nodes` nodes with `gpus` GPUs of 80 GiB each."""
     monkeypatch.setattr(Cluster, "machines", lambda self, config: Machines(nodes, gpus, 80.0 if gpus else 0.0))
-    for module in (plan, job_launcher):
-        monkeypatch.setattr(module, "parameter_count", _counted)
     return JobLauncher(kind, arguments, Cluster.here({}), [], ROOT / "launch")
-
-
-COUNTS: dict[tuple, int] = {}
-COUNT = plan.parameter_count
-
-
-def _counted(config: Any) -> int:
-    """Each shape is built once."""
-    key = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
-    if key not in COUNTS:
-        COUNTS[key] = COUNT(config)
-    return COUNTS[key]
 
 
 def parsed(job: JobLauncher) -> Iterator[tuple[Any, list[str]]]:

@@ -1,11 +1,14 @@
 """Small runs that can be started in a moment and killed: see zygote.py."""
 
+import atexit
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,10 +78,20 @@ def served(endpoints: Path, *words: str) -> Iterator[subprocess.Popen]:
 
 
 class Zygote:
+    """The process of zygote.py, which ends with this one. `python` is the path of what stands in for Python."""
+
     def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.python, path = (Path(self.folder.name) / name for name in ("python", "socket"))
+        words = [sys.executable, "-I", "-S", ROOT / "tests/start.py", sys.executable, path]
+        self.python.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n')
+        self.python.chmod(0o755)
+        command = [sys.executable, "tests/zygote.py", self.python, path]
         self.process = subprocess.Popen(
-            [sys.executable, "tests/zygote.py"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
+        assert self.process.stdout.readline() == "up\n"
+        atexit.register(self.process.communicate)  # at the end of its input it ends
 
     def ask(self, **order) -> dict:
         self.process.stdin.write(json.dumps(order) + "\n")

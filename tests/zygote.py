@@ -1,63 +1,170 @@
-"""Starts launchers by forking a process that has imported everything: a tenth of a second instead of ten.
+"""Starts Python programs by forking a process that has imported everything: a tenth of a second instead of ten.
 
-JSON lines: {"run": script, "argv": [...], "env": {...}, "log": path} -> {"pid": n}, {"wait": pid} -> {"code": n}.
+It is asked in two ways, until its standard input ends:
+
+- JSON lines: {"run": script, "argv": [...], "env": {...}, "log": path} -> {"pid": n}, {"wait": pid} -> {"code": n}.
+  The launcher `script` runs in a session of its own.
+- By the stand-in for `python` (start.py), which programs started here find in `sys.executable`: what they start is
+  forked, too. Called as `zygote.py STAND_IN SOCKET`.
 """
 
-import importlib.util
+import fcntl
+import gc
 import json
 import os
 import random
+import runpy
+import select
+import selectors
+import signal
+import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
-    import r1dist.reward_models.train
-    import r1dist.rl.train
-    import r1dist.sft.train  # noqa: F401
+class Server:
+    def __init__(self, stand_in: str, path: str):
+        self.stand_in = stand_in
+        self.listening = socket.socket(socket.AF_UNIX)
+        self.listening.bind(path)
+        self.listening.listen(64)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listening, selectors.EVENT_READ, self.start)
+        self.selector.register(0, selectors.EVENT_READ, self.ordered)
+        self.rest = b""
 
-    for line in sys.stdin:
-        order = json.loads(line)
-        if "wait" in order:
-            _, status = os.waitpid(order["wait"], 0)
-            answer = {"code": os.waitstatus_to_exitcode(status)}
-        else:
-            pid = os.fork()
-            if pid == 0:
-                run(order)
-            answer = {"pid": pid}
-        print(json.dumps(answer), flush=True)
+    def serve(self) -> NoReturn:
+        while True:
+            for key, _ in self.selector.select():
+                key.data()
+
+    def ordered(self) -> None:
+        if not (read := os.read(0, 1 << 16)):
+            os._exit(0)
+        *lines, self.rest = (self.rest + read).split(b"\n")
+        for order in map(json.loads, lines):
+            if "wait" in order:
+                self.when_ended(order["wait"], lambda status: print(json.dumps({"code": code(status)}), flush=True))
+            else:
+                pid = os.fork()
+                if pid == 0:
+                    self.forked()
+                    os.setsid()
+                    log = os.open(order["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+                    words = [str(ROOT / "launch" / order["run"]), *order["argv"]]
+                    program(words, os.environ | order["env"], str(ROOT), [os.open(os.devnull, os.O_RDONLY), log, log])
+                print(json.dumps({"pid": pid}), flush=True)
+
+    def start(self) -> None:
+        """What the stand-in asks for: JSON of its arguments, environment and folder, with its first three files and a
+        pipe that ends with it. It is told the process id, and how that process ended."""
+        asking, _ = self.listening.accept()
+        length, files, _, _ = socket.recv_fds(asking, 8, 4)
+        text = b""
+        while len(text) < int(length, 16):
+            text += asking.recv(1 << 16)
+        pid = os.fork()
+        if pid == 0:
+            self.forked()
+            asking.close()
+            alive = files.pop()
+            fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)  # killed, the stand-in takes us with it
+            fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC)
+            if select.select([alive], [], [], 0)[0]:
+                os._exit(1)
+            program(*json.loads(text), files)
+        for file in files:
+            os.close(file)
+        asking.sendall(f"{pid}\n".encode())
+
+        def ended(status: int) -> None:
+            asking.sendall(f"{code(status)}\n".encode())
+            asking.close()
+
+        self.when_ended(pid, ended)
+
+    def when_ended(self, pid: int, tell) -> None:
+        file = os.pidfd_open(pid)
+
+        def ended() -> None:
+            self.selector.unregister(file)
+            os.close(file)
+            with suppress(BrokenPipeError):  # who asked is gone
+                tell(os.waitpid(pid, 0)[1])
+
+        self.selector.register(file, selectors.EVENT_READ, ended)
+
+    def forked(self) -> None:
+        """In the child: without what is the server's, but with its way to start more."""
+        self.selector.close()
+        self.listening.close()
+        sys.executable = self.stand_in
 
 
-def run(order: dict) -> None:
-    """What the shell would have started; never returns."""
-    os.setsid()
-    log = os.open(order["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (log, 1), (log, 2)):
+def code(status: int) -> int:
+    return os.waitstatus_to_exitcode(status)
+
+
+def program(words: list[str], environment: dict[str, str], folder: str, files: list[int]) -> NoReturn:
+    """Run `python *words`."""
+    for target, source in enumerate(files):
         os.dup2(source, target)
-    os.environ.update(order["env"])
+    sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
     import numpy as np  # here: the workers that verify import this file, too
     import torch
 
     for seed in (random.seed, np.random.seed, torch.seed):  # as a fresh process: from anywhere
         seed()
-    sys.argv = [order["run"], *order["argv"]]
-    spec = importlib.util.spec_from_file_location("launcher", ROOT / "launch" / order["run"])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    code = 1
+    ends_with: int | str = 0
     try:
-        code = module.run_cli(module.main)
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        ends_with = stop.code or 0
     except BaseException:
         traceback.print_exc()
+        ends_with = 1
+    if isinstance(ends_with, str):
+        print(ends_with, file=sys.stderr)
+        ends_with = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(ends_with)
+
+
+def main(stand_in: str, path: str) -> None:
+    import accelerate.commands.launch  # noqa: F401
+    import torch.distributed.run  # noqa: F401
+
+    import r1dist.cluster.job_launcher
+    import r1dist.cluster.plan
+    import r1dist.evaluation.chat
+    import r1dist.evaluation.evaluate
+    import r1dist.generation.vllm.start
+    import r1dist.pipeline.runner
+    import r1dist.reward_models.train
+    import r1dist.rl.train
+    import r1dist.sampling.run
+    import r1dist.sft.train  # noqa: F401
+
+    gc.freeze()
+    server = Server(stand_in, path)
+    print("up", flush=True)
+    server.serve()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -102,11 +102,20 @@ class Step:
 
 
 def parameter_count(config: PretrainedConfig, task: Task = "CAUSAL_LM") -> int:
-    """Parameters of the architecture, tied ones counted once, by building it without storage."""
-    with torch.device("meta"):
-        model = AUTO_CLASS[task].from_config(config)
-    model.tie_weights()
-    return model.num_parameters()
+    """Parameters of the architecture, tied ones counted once, by building it without storage.
+
+    Each is built once: whatever places a run asks several times.
+    """
+    key = (type(config), config.to_json_string(use_diff=False), task)
+    if key not in _counted:
+        with torch.device("meta"):
+            model = AUTO_CLASS[task].from_config(config)
+        model.tie_weights()
+        _counted[key] = model.num_parameters()
+    return _counted[key]
+
+
+_counted: dict[tuple[type, str, Task], int] = {}
 
 
 def training_memory(

@@ -5,8 +5,6 @@ Where they ask whether the answer is right, it is `accuracy` of the row, None if
 
 import math
 
-from trl.rewards import get_soft_overlong_punishment
-
 
 def cosine(
     completion: str, row: dict, max_tokens: int, correct: tuple[float, float], wrong: tuple[float, float]
@@ -50,6 +48,8 @@ def overlong(completion: str, row: dict, max_tokens: int, cache_tokens: int) -> 
 
     Range [-1, 0]. Source: DAPO (arXiv 2503.14476), equation 13, as TRL computes it.
     """
+    from trl.rewards import get_soft_overlong_punishment  # not above: a sixth of what the fork server imports
+
     punish = get_soft_overlong_punishment(max_tokens, cache_tokens)
     # It looks at nothing but the length.
     return punish(completion_ids=[range(row["tokens"])])[0]

@@ -188,6 +188,7 @@ class ResumableTrainer(Trainer):
         _set_random_states(self._saved_instead.random_states)
         self._save_checkpoint(self.model, trial=None)
         self.finish_saving()
+        self.accelerator.wait_for_everyone()  # once one has ended, their launcher ends the others
 
     def _interrupted(self) -> Interrupted:
         step = self.state.global_step

@@ -16,7 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..config import GRPORun, RewardModelRun, SFTRun
 from ..config.loader import as_tree
 from ..config.trl_fields import micro_steps_per_generation, trl_value
-from ..errors import RunStopped, UserError
+from ..errors import Interrupted, RunStopped, UserError
 from ..files import ENDED, RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from .resume import check_same, data_digests, newest_checkpoint
 
@@ -110,6 +110,8 @@ def run_folder(run: GRPORun | SFTRun | RewardModelRun, launcher: str) -> Iterato
         except RunStopped as stopped:
             if first:
                 write_json(folder / ENDED, {"code": stopped.code, "reason": str(stopped)})
+            if isinstance(stopped, Interrupted):  # all ranks are; once one has ended, their launcher ends the others
+                PartialState().wait_for_everyone()
             raise
 
 

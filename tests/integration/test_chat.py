@@ -1,10 +1,9 @@
 """What a person sees of a reply, and what a pipe gets."""
 
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, python
 
 from r1dist.evaluation.chat import DIM, PLAIN, Painter
 
@@ -39,7 +38,7 @@ def test_one_prompt_and_pipes():
     greedy = ("--temperature", "0", "--max_tokens", "60")
     once = launch("chat.py", "--prompt", question, *greedy)
     assert once.returncode == 0 and once.stdout.strip() and "\x1b" not in once.stdout, once.stderr
-    command = [sys.executable, "launch/chat.py", *greedy]
+    command = [python(), "launch/chat.py", *greedy]
     piped = subprocess.run(command, cwd=ROOT, input=f"{question}\n/new\n{question}\n", capture_output=True, text=True)
     assert piped.stdout == once.stdout * 2
     missing = launch("chat.py", "--model.path", "./nowhere")

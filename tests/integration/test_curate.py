@@ -4,12 +4,10 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, launch, write_yaml
+from conftest import launch, write_yaml
 
 from r1dist.config import Data, Filters, Generator, Model, Refine, SampleRun, Source
 from r1dist.files import append_lines
@@ -168,7 +166,7 @@ def small(tmp_path) -> dict:
     }
 
 
-def test_killed_and_started_again_it_neither_loses_nor_repeats(tmp_path, small):
+def test_killed_and_started_again_it_neither_loses_nor_repeats(tmp_path, small, zygote):
     config = write_yaml(tmp_path / "sample.yaml", small)
     done = launch("sample.py", "--config", config, "--output_dir", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
@@ -179,19 +177,18 @@ def test_killed_and_started_again_it_neither_loses_nor_repeats(tmp_path, small):
     )
     journal = tmp_path / "out" / "samples" / "direct.jsonl"
     for kills in (1, 2):
-        process = subprocess.Popen(
-            [sys.executable, "launch/sample.py", "--config", config], cwd=ROOT, stderr=subprocess.DEVNULL
-        )
         before = journal.stat().st_size if journal.exists() else 0
+        log, began = tmp_path / "log", time.monotonic()
+        pid = zygote.ask(run="sample.py", argv=["--config", str(config)], env={}, log=str(log))["pid"]
         while not journal.exists() or journal.stat().st_size == before:
-            assert process.poll() is None
+            assert time.monotonic() - began < 300, log.read_text()
             time.sleep(0.01)
         if kills == 1:
-            os.kill(process.pid, signal.SIGSTOP)  # or it is done before the second one has begun
+            os.kill(pid, signal.SIGSTOP)  # or it is done before the second one has begun
             second = launch("sample.py", "--config", config)
-            assert second.returncode == 2 and f"process {process.pid} is at work there" in second.stderr
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+            assert second.returncode == 2 and f"process {pid} is at work there" in second.stderr
+        os.kill(pid, signal.SIGKILL)
+        assert zygote.ask(wait=pid)["code"] == -signal.SIGKILL
         with journal.open("a") as file:
             file.write('{"prompt_id": 4')  # cut off in the middle of a line
     changed = launch("sample.py", "--config", config, "--generators.0.sampling.temperature", "0.5")

@@ -1,18 +1,15 @@
 """A recipe from its YAML to `summary.json`: what is run, what is skipped and why, and what a kill leaves."""
 
-import contextlib
 import json
 import random
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import ROOT, SMALL_GRPO, launch, metrics, write_yaml
+from conftest import ROOT, SMALL_GRPO, kill_launched, launch, metrics, python, write_yaml
 from transformers import AutoModelForCausalLM
 
 from r1dist.errors import EXIT_INTERRUPTED
@@ -169,7 +166,7 @@ def test_killed_anywhere_the_same_command_comes_to_the_same(undisturbed):
     for moment in moments:
         with log.open("a") as file:
             process = subprocess.Popen(
-                [sys.executable, "launch/pipeline.py", "--config", config], cwd=ROOT, stdout=file, stderr=file
+                [python(), "launch/pipeline.py", "--config", config], cwd=ROOT, stdout=file, stderr=file
             )
         began = time.monotonic()
         while not (run / moment).exists():
@@ -180,9 +177,7 @@ def test_killed_anywhere_the_same_command_comes_to_the_same(undisturbed):
             assert process.wait(120) == EXIT_INTERRUPTED, log.read_text()
             continue
         time.sleep(rng.uniform(0, LONGEST_DELAY))
-        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself a moment ago
-                member.kill()
+        kill_launched()
         process.wait()
     done = launch("pipeline.py", "--config", config)
     assert done.returncode == 0, done.stderr

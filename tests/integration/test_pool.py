@@ -206,7 +206,7 @@ def test_real_answers_by_one_and_by_four_workers():
     rng = random.Random(0)
     texts = [
         f"<think>so</think><answer>{rng.choice(['1/2', '0.5', '2', '', 'x^2', '{1,2}'])}</answer>"
-        for _ in range(10_000)
+        for _ in range(1_000)
     ]
     rows = [{"answer": rng.choice(["0.5", "2", "x^2", "{2,1}", "it depends on what you mean by that"])} for _ in texts]
     found = []

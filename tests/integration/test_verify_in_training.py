@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL_GRPO, metrics, write_yaml
+from conftest import ROOT, SMALL_GRPO, launch, metrics, write_yaml
 from small_runs import Launch
 
 PATIENCE = 300  # seconds; it ends a test that hangs
@@ -76,7 +76,8 @@ def programmer(tmp_path, zygote):
 @pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace of its own needs root")
 def test_a_sandbox_that_goes_away_stops_the_run_and_no_zero_is_trained_on(programmer, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "launch/grpo.py", "--config", str(programmer), "--resume", "auto"]
+    arguments = ["--config", str(programmer), "--resume", "auto"]
+    command = [sys.executable, "launch/grpo.py", *arguments]
     log = (tmp_path / "log").open("w")
     # In a mount namespace of its own, in which bubblewrap can be taken away from it alone.
     process = subprocess.Popen(["unshare", "--mount", *command], cwd=ROOT, stdout=log, stderr=log)
@@ -91,7 +92,7 @@ def test_a_sandbox_that_goes_away_stops_the_run_and_no_zero_is_trained_on(progra
     assert re.search(r"stopped: The sandbox did not start: .*\(tried for \d s\)", said, re.DOTALL), said
     kept = len(metrics(run))
     assert (run / f"checkpoint-{kept}").is_dir() and kept < 6
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    done = launch("grpo.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(run)] == list(range(1, 7))
     rows = [json.loads(line) for line in trace(run).splitlines()]

@@ -1,12 +1,10 @@
 """A GPU that the driver sees and torch cannot use is an error, not a run on CPUs. `nvidia-smi` is a fake."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_yaml
+from conftest import launch, write_yaml
 
 from r1dist.run import driver
 from r1dist.run.driver import driver_cards, needed_driver, unusable_gpu
@@ -68,8 +66,7 @@ def test_a_launcher_does_not_train_on_cpus_unasked(nvidia_smi, tmp_path, small_g
     file = write_yaml(tmp_path / "run.yaml", small_grpo)
 
     def launched(script: str, *arguments: str) -> str:
-        command = [sys.executable, f"launch/{script}", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = launch(script, *arguments)
         assert done.returncode == 2, done.stderr
         return done.stderr
 
