@@ -66,7 +66,7 @@ demo: setup $(if $(filter vllm,$(ENGINE)),$(SERVERS))
 demo-quick: setup $(if $(filter vllm,$(ENGINE)),$(SERVERS))
 	$(PIPELINE) --until r1_zero
 
-# Two files at a time: servers and launchers mostly wait for their imports.
+# Two files at a time: each waits for servers and for what it killed.
 test: setup $(SERVERS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
