@@ -81,7 +81,7 @@ $(SMOLLM2): | $(STAMP)
 	$(BIN)/python launch/convert.py --gguf models/.smollm2/$(SMOLLM2_GGUF) --sha256 $(SMOLLM2_SHA256) --output_dir $@
 	@rm -r models/.smollm2
 
-# Two files at a time: servers and launchers mostly wait for their imports.
+# Two files at a time: each waits for servers and for what it killed.
 test: setup $(SERVERS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -117,7 +117,7 @@ def test_rl_and_evaluation_show_examples_and_begin_the_reply(launched, tmp_path)
     launched("grpo.py", "--config", write_yaml(tmp_path / "run.yaml", {**tree, "rewards": {"tag_count": 1}}))
     rows = list(read_lines(tmp_path / "run" / "traces" / "rank0.jsonl"))
     assert rows and all(row["text"].startswith("<think>Let me") for row in rows)
-    assert all("7+6 ends in 3.</think>" in row["prompt"] for row in rows)
+    assert all(row["prompt_tokens"] > 80 for row in rows)  # 24 to 40 without the example
     assert all(row["rewards"]["tag_count"] == sum(row["text"].count(tag) == 1 for tag in TAGS) / 4 for row in rows)
     tree = {"model": {"path": "tiny"}, "data": {"sources": [{"path": "tiny", "split": "test", "limit": 8}]}}
     tree |= {"prompting": prompting, "sampling": {"samples": 1, "max_tokens": 16}, "output": str(tmp_path / "e.json")}
