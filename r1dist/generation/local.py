@@ -1,8 +1,9 @@
 """The embedded engine: a decoding loop inside the training process.
 
 Each sample draws from a random generator of its own, so a rollout does not depend on what else is in the
-batch nor on how many ranks there are. A prompt is read once for all of its samples. Rows that have ended leave the
-batch and the cache. Simplified: no paged cache, no continuous batching.
+batch nor on how many ranks there are. A prompt is read once for all of its samples, and a long beginning that all
+prompts have in common (examples, a system prompt) once for all of them. Rows that have ended leave the batch and the
+cache. Simplified: no paged cache, no continuous batching.
 """
 
 import os
@@ -36,6 +37,8 @@ from .engine import Request, Rollout, Sampling
 NOISE_BLOCK = 8192
 SHRINK = 0.75
 """Rows that have ended are taken out when this share of the batch is left: copying the cache costs about a step."""
+COMMON = 64
+"""Tokens that all prompts must begin with to be read once: a forward of their own costs about as many."""
 ROOM = 32
 """Positions by which a full cache grows: transformers' own copies all of it for each token."""
 
@@ -160,16 +163,21 @@ class InProcessEngine:
         numbers: dict[tuple[int, ...], int] = {}
         prompt_of = [numbers.setdefault(tuple(request.prompt_ids), len(numbers)) for request in requests]
         prompts = list(numbers)
+        common = _common_length(prompts)
         longest = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        ids = torch.tensor(
+            [[*p[:common], *[self.pad_id] * (longest - len(p)), *p[common:]] for p in prompts], device=model.device
+        )
+        mask = torch.tensor(
+            [[1] * common + [0] * (longest - len(p)) + [1] * (len(p) - common) for p in prompts], device=model.device
+        )
         places = (mask.cumsum(1) - 1).clamp(min=0)
         stops = torch.tensor(self.stop_ids, device=model.device)
         warpers = _warpers(sampling)
         draw = SeededDraw(None if sampling.temperature == 0 else [r.seed for r in requests], model.device)
         cache = roomy_cache(model.config)
 
-        def scores_after(tokens: torch.Tensor) -> torch.Tensor:
+        def scores_after(tokens: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
             """[B, V]. The tokens go into the cache."""
             output = model(
                 input_ids=tokens, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
@@ -177,8 +185,11 @@ class InProcessEngine:
             )  # fmt: skip
             return output.logits[:, -1].float()
 
+        if common:
+            scores_after(*(x[:1, :common] for x in (ids, mask, places)))
+            cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
         of_request = torch.tensor(prompt_of, device=model.device)
-        scores = scores_after(ids)[of_request]
+        scores = scores_after(ids[:, common:], mask, places[:, common:])[of_request]
         cache.batch_select_indices(of_request)
         ids, mask, places = ids[of_request], mask[of_request], places[of_request]
         rows = torch.arange(len(requests), device=model.device)  # the request of each row of the batch
@@ -200,7 +211,7 @@ class InProcessEngine:
                 draw.keep(kept)
                 rows, ids, mask, places, following = (x[kept] for x in (rows, ids, mask, places, following))
                 ended = ended[kept]
-            scores = scores_after(following)
+            scores = scores_after(following, mask, places)
         completions: list[list[int]] = [[] for _ in requests]
         of_tokens: list[list[float]] = [[] for _ in requests]
         for step in drawn:
@@ -226,6 +237,12 @@ def load_engine(model: Model, template: Template, batch_size: int) -> InProcessE
         yield loaded
 
     return InProcessEngine(unwrapped, template.stop_ids, template.tokenizer.pad_token_id, batch_size)
+
+
+def _common_length(prompts: list[tuple[int, ...]]) -> int:
+    """Tokens of the beginning that is read once for all prompts; 0 where that does not pay. Each keeps its last."""
+    common = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+    return common if len(prompts) > 1 and common >= COMMON else 0
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

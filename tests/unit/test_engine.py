@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,27 @@ def test_a_rollout_does_not_depend_on_its_batch(engine_of, tokenizer):
     assert len({tuple(r.token_ids) for r in whole[:8]}) > 1
     other_step = generate(engine_of(16), requests(tokenizer, 8, step=1), sampling)
     assert [r.token_ids for r in whole] != [r.token_ids for r in other_step]
+
+
+def test_a_long_beginning_that_prompts_share_is_read_once(engine_of, tokenizer, base_model):
+    """And what is drawn is what each prompt alone gives."""
+    own = requests(tokenizer, 4)
+    asked = [replace(r, prompt_ids=own[0].prompt_ids * 3 + r.prompt_ids) for r in own]
+    widths = []
+    hook = base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        together = generate(engine_of(16), asked, Sampling(max_tokens=40))
+    finally:
+        hook.remove()
+    common = len(own[0].prompt_ids) * 3
+    assert widths[0][0] == 1 and common <= widths[0][1] < common + len(own[0].prompt_ids)
+    assert widths[1] == (2, max(len(r.prompt_ids) for r in asked) - widths[0][1])
+    alone = [rollout for r in asked for rollout in generate(engine_of(1), [r], Sampling(max_tokens=40))]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    for rollout, other in zip(together, alone, strict=True):
+        assert rollout.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_rows_that_have_ended_leave_the_batch(engine_of, tokenizer, base_model):
