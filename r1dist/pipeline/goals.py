@@ -24,7 +24,8 @@ def judge(goal: Goal, stages: dict[str, dict]) -> dict | None:
     else:
         there, (other_low, other_high) = measured[1]
         if goal.above:
-            word, met = "above", low > other_high
+            word, met = "above", low > other_high and value >= there + goal.by
+            word = f"{_number(goal, goal.by)} above" if goal.by else word
         elif goal.below:
             word, met = "below", high < other_low
         else:

@@ -23,6 +23,9 @@ STAGES = {
     [
         ("high", {"above": "low"}, True),
         ("middle", {"above": "low"}, False),  # above, but the intervals touch
+        ("high", {"above": "low", "by": 0.19}, True),
+        ("high", {"above": "low", "by": 0.21}, False),
+        ("middle", {"above": "low", "by": 0.05}, False),
         ("low", {"above": "high"}, False),
         ("low", {"below": "high"}, True),
         ("middle", {"below": "high"}, True),
