@@ -9,6 +9,7 @@ cache. Simplified: no paged cache, no continuous batching.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from os.path import commonpath
 from typing import Literal
 
 import torch
@@ -241,7 +242,7 @@ def load_engine(model: Model, template: Template, batch_size: int) -> InProcessE
 
 def _common_length(prompts: list[tuple[int, ...]]) -> int:
     """Tokens of the beginning that is read once for all prompts; 0 where that does not pay. Each keeps its last."""
-    common = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+    common = len(commonpath([prompt[:-1] for prompt in prompts]))
     return common if len(prompts) > 1 and common >= COMMON else 0
 
 
