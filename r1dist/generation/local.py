@@ -6,10 +6,10 @@ prompts have in common (examples, a system prompt) once for all of them. Rows th
 cache. Simplified: no paged cache, no continuous batching.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from os.path import commonpath
 from typing import Literal
 
 import torch
@@ -242,7 +242,8 @@ def load_engine(model: Model, template: Template, batch_size: int) -> InProcessE
 
 def _common_length(prompts: list[tuple[int, ...]]) -> int:
     """Tokens of the beginning that is read once for all prompts; 0 where that does not pay. Each keeps its last."""
-    common = len(commonpath([prompt[:-1] for prompt in prompts]))
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
     return common if len(prompts) > 1 and common >= COMMON else 0
 
 
