@@ -10,14 +10,18 @@ from transformers.utils import logging as transformers_logging
 
 from ..logs import set_up_logging
 from .driver import require_usable_gpu
+from .extensions import check_locks
 
 
 def set_up_process(use_cpu: bool = False) -> None:
     """Quiet libraries, our own log from rank 0, and what CPU runs need.
 
-    Raises `UserError` where there is a GPU that torch cannot use, unless `use_cpu`.
+    Raises `UserError` where there is a GPU that torch cannot use, unless `use_cpu`, and where DeepSpeed would wait
+    for a build that was cut off.
     """
     require_usable_gpu(use_cpu)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        check_locks()
     set_up_logging()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
