@@ -1,0 +1,148 @@
+"""What the recipe on a real model achieved: `python bench/real_results.py runs/smollm2-135m`.
+
+The run's figures go into bench/results/real-<name of the run's folder>.json. From all such files docs/results.md and
+the curve in the README are written; `python bench/real_results.py` alone writes those.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot
+from result import machine, significant
+
+from r1dist.files import METRICS, read_lines
+from r1dist.pipeline.table import percent
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE, CURVE = ROOT / "bench/results", ROOT / "docs/results.md", ROOT / "docs/images/smollm2_r1_zero.svg"
+CURVES = {
+    "accuracy": "rewards/accuracy/mean",
+    "format": "rewards/format/mean",
+    "reward": "reward",
+    "tokens": "completions/mean_length",
+}
+SAMPLES = 3
+NAMES = {
+    "base": "base model, 3 examples in the prompt",
+    "r1_zero": "R1-Zero: RL only, the same prompt",
+    "sft_cold_start": "SFT on cold-start data, no examples",
+    "reasoning_rl": "reasoning RL + language reward",
+    "sft_full": "second SFT, on rejection-sampled rows",
+}
+
+
+def collect(folder: Path) -> dict:
+    """The figures of a run of `configs/recipes/smollm2-135m/pipeline.yaml`, as plain data."""
+    summary = json.loads((folder / "summary.json").read_text())
+    stages = []
+    for stage in summary["stages"]:
+        lines = [line for line in _lines(folder / stage["name"] / METRICS) if "step_time" in line or "loss" in line]
+        if lines:
+            stage["steps"] = len(lines)
+            stage["phases"] = _phases(lines)
+        if "reward" in (lines or [{}])[0]:
+            stage["curves"] = {name: [significant(line[key]) for line in lines] for name, key in CURVES.items()}
+        answers = _lines(folder / "evaluations" / f"{stage['name']}.completions.jsonl")
+        stage["samples"] = [{k: row[k] for k in ("problem", "answer", "text")} for row in islice(answers, SAMPLES)]
+        stages.append(stage)
+    return {
+        "bench": "real_results",
+        "machine": machine(),
+        "aims": {},  # the goals are the recipe's
+        "run": folder.name,
+        **summary,
+        "stages": stages,
+    }
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    return read_lines(path) if path.exists() else iter(())
+
+
+def _phases(lines: list[dict]) -> dict[str, float]:
+    """Seconds by phase, over all steps."""
+    names = sorted({key for line in lines for key in line if key.startswith("seconds/")})
+    seconds = {key.removeprefix("seconds/"): sum(line.get(key, 0.0) for line in lines) for key in names}
+    return {name: significant(total) for name, total in seconds.items() if total >= 1}
+
+
+def page(runs: list[dict]) -> str:
+    """docs/results.md."""
+    parts = [
+        "# Results on a real model\n\n"
+        "`make real` runs R1's recipe on SmolLM2-135M-Instruct ([models.md](models.md)), on two CPU cores: sums and "
+        "differences of two numbers of one or two digits (reasoning-gym's `chain_sum`). Each stage is measured on 200 "
+        "problems that no stage trains on. This page is written by `bench/real_results.py`.\n"
+    ]
+    for run in runs:
+        parts += [f"\n## {run['run']}\n\nSeed {run['seed']}; {run['machine']}.\n", _table(run), _goals(run)]
+        parts += [part for stage in run["stages"] for part in (_seconds(stage), _samples(stage)) if part]
+    return "\n".join(parts)
+
+
+def _table(run: dict) -> str:
+    head = "| stage | sampled accuracy (95 % interval) | greedy | format | English | tokens | seconds |\n"
+    rows = ""
+    for stage in run["stages"]:
+        if "sampled" not in stage:
+            rows += f"| {stage['name']} | {stage['data']['rows']} rows | | | | | {stage['seconds']:.0f} |\n"
+            continue
+        scores = stage["sampled"]
+        interval = " to ".join(percent(bound) for bound in scores["ci95"])
+        cells = [NAMES.get(stage["name"], stage["name"]), f"{percent(scores['accuracy'])} ({interval})"]
+        cells += [percent(stage["eval"]["accuracy"]), percent(scores["format"]), percent(scores["language"])]
+        rows += "| " + " | ".join([*cells, f"{scores['mean_tokens']:.0f}", f"{stage['seconds']:.0f}"]) + " |\n"
+    note = (
+        "\nSampled at temperature 1, two samples for each problem; format, English (share of words in the thinking) "
+        "and tokens are of these samples. Seconds: the stage with its evaluation, of its last start.\n"
+    )
+    return head + "|---|---|---|---|---|---|---|\n" + rows + note
+
+
+def _goals(run: dict) -> str:
+    return "\n".join(f"- {'met' if goal['met'] else 'missed'}: {goal['text']}" for goal in run["goals"]) + "\n"
+
+
+def _seconds(stage: dict) -> str:
+    if "phases" not in stage:
+        return ""
+    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in stage["phases"].items())
+    return f"### {stage['name']}\n\n{stage['steps']} steps. Seconds by phase: {phases or 'not measured'}.\n"
+
+
+def _samples(stage: dict) -> str:
+    shown = [f"```\n{row['problem']}\n{row['text']}\n```" for row in stage["samples"]]
+    return f"Greedy answers of {stage['name']}:\n\n" + "\n".join(shown) + "\n" if shown else ""
+
+
+def draw(runs: list[dict], path: Path) -> None:
+    """Accuracy and format of R1-Zero's rollouts, of every run."""
+    mpl.rcParams["svg.hashsalt"] = "r1dist"  # the same data give the same file
+    figure, axes = pyplot.subplots(figsize=(7, 3))
+    for run in runs:
+        for stage in (stage for stage in run["stages"] if stage["name"] == "r1_zero"):
+            for name, style in (("accuracy", "-"), ("format", ":")):
+                values = [100 * value for value in stage["curves"][name]]
+                axes.plot(range(1, len(values) + 1), values, style, label=f"{name}, seed {run['seed']}")
+    axes.set(xlabel="optimizer step", ylabel="% of rollouts", ylim=(0, 100), title="R1-Zero of SmolLM2-135M")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(folders: list[str]) -> None:
+    for folder in map(Path, folders):
+        found: dict[str, Any] = collect(folder)
+        (RESULTS / f"real-{folder.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("real-*.json"))]
+    PAGE.write_text(page(runs))
+    draw(runs, CURVE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
