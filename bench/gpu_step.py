@@ -48,6 +48,8 @@ class QwenBench(Bench):
         fields = {"use_cpu": not gpu, "bf16": gpu, "model_init_kwargs": kwargs, "gradient_checkpointing": True}
         return super().arguments(longest, prompts, **fields | changes)
 
+    own_arguments = arguments
+
 
 def save_random_qwen(path: Path) -> PreTrainedModel:
     """Qwen2.5-0.5B's shapes with random weights and the embedded tokenizer; returns it."""

@@ -34,6 +34,9 @@ AIMS: dict[str, dict[str, Aim]] = {
         ),
         "growth_length": Aim("the same: rollouts 4 times as long over the small run", 1.15, "lower"),
     },
+    "real": {
+        "real_step_ratio": Aim("the same as `step_ratio`, on SmolLM2-135M and a task of reasoning-gym", 2),
+    },
     "staleness": {
         "one_behind": Aim(
             "seeds of 3 with accuracy within on-policy's 95 % interval or above, 1 generation behind", 3

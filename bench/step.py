@@ -47,6 +47,7 @@ from r1dist.generation.trainer_engines import local_engine, server_engine
 from r1dist.generation.vllm.start import start_managed
 from r1dist.rewards import VERIFIERS, Rewards
 from r1dist.rewards.pool import Pool
+from r1dist.rl.shared_prompts import ATTENTION as SHARED_PROMPTS
 from r1dist.rl.trainer import GRPOTrainer
 from r1dist.run.process import set_up_process
 
@@ -195,6 +196,11 @@ class Bench:
         )  # fmt: skip
         return trl.GRPOConfig(**fields | changes)
 
+    def own_arguments(self, longest: int, prompts: int = PROMPTS, **changes: Any) -> trl.GRPOConfig:
+        """What a run of ours sets beside `arguments`."""
+        kwargs = {"dtype": "float32", "attn_implementation": SHARED_PROMPTS}
+        return self.arguments(longest, prompts, model_init_kwargs=kwargs, **changes)
+
     def stock(self, longest: int, given: bool) -> Clock:
         trainer = trl.GRPOTrainer(str(self.path), [reward], self.arguments(longest), self.dataset,
                                   processing_class=self.tokenizer)  # fmt: skip
@@ -206,11 +212,11 @@ class Bench:
         def make_engine(trainer):
             return self.given if given else local_engine(PROMPTS * GROUP, trainer)
 
-        return self._ours(make_engine, self.arguments(longest), self.dataset, **settings)
+        return self._ours(make_engine, self.own_arguments(longest), self.dataset, **settings)
 
     def of_size(self, prompts: int, longest: int) -> tuple[Clock, Given]:
         dataset, given = self.problem(prompts, longest)
-        return self._ours(lambda _: given, self.arguments(longest, prompts), dataset), given
+        return self._ours(lambda _: given, self.own_arguments(longest, prompts), dataset), given
 
     def ahead(self, longest: int, rollout: RolloutSettings) -> Clock:
         """Trainer and server each on a core of their own."""
@@ -224,7 +230,7 @@ class Bench:
                 "vllm_importance_sampling_correction": True,
                 "vllm_importance_sampling_mode": "token_truncate",
             }
-            arguments = self.arguments(longest, **corrected)
+            arguments = self.own_arguments(longest, **corrected)
             return self._ours(engine, arguments, self.dataset, max_staleness=rollout.max_staleness)
         finally:
             os.sched_setaffinity(0, cores)

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from transformers import Qwen2Config
 
-SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "scale", "first_run")
+SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "scale", "first_run", "real")
 """Benches that name each figure in their source; others put the names together."""
 
 
@@ -166,3 +166,27 @@ def test_checks_tell_what_passed_what_failed_and_what_has_not_run():
         "memory, 16384 tokens to a forward": False, "whole step beside TRL": True,
     }  # fmt: skip
     assert not list(gpu_check.checks({}))
+
+
+def test_the_page_of_results_has_what_the_runs_files_say(tmp_path):
+    import real_results
+
+    scores = {"accuracy": 0.25, "ci95": [0.2, 0.3], "format": 0.5, "language": None, "mean_tokens": 21.4}
+    stage = {"name": "r1_zero", "kind": "grpo", "seconds": 60.0, "eval": scores, "sampled": scores}
+    goal = {"stage": "r1_zero", "text": "r1_zero: sampled format 50.0 %, at least 90.0 %", "met": False}
+    (tmp_path / "summary.json").write_text(json.dumps({"seed": 1, "stages": [stage], "goals": [goal]}))
+    (tmp_path / "r1_zero").mkdir()
+    step = {"step": 1, "rewards/accuracy/mean": 0.125, "rewards/format/mean": 0.5, "reward": 0.625, "loss": 0.0}
+    step |= {"completions/mean_length": 20.0, "step_time": 30.0, "seconds/generate": 10.4, "seconds/train": 19.4}
+    (tmp_path / "r1_zero/metrics.jsonl").write_text(json.dumps(step) + "\n")
+    (tmp_path / "evaluations").mkdir()
+    answer = {"problem": "1 + 1 =", "answer": "2", "text": "<answer>2</answer>", "kind": "math"}
+    (tmp_path / "evaluations/r1_zero.completions.jsonl").write_text(json.dumps(answer) + "\n")
+    found = real_results.collect(tmp_path)
+    assert found["stages"][0]["curves"]["accuracy"] == [0.125]
+    text = real_results.page([found])
+    assert "| R1-Zero: RL only, the same prompt | 25.0 % (20.0 % to 30.0 %) | 25.0 % | 50.0 % | - | 21 | 60 |" in text
+    assert "- missed: r1_zero: sampled format 50.0 %, at least 90.0 %" in text
+    assert "1 steps. Seconds by phase: generate 10, train 19." in text and "1 + 1 =\n<answer>2</answer>" in text
+    real_results.draw([found], tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
