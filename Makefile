@@ -87,17 +87,41 @@ REAL_RUN := runs/smollm2-135m$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 REAL = $(BIN)/python launch/pipeline.py --config configs/recipes/smollm2-135m/pipeline.yaml --seed $(SEED) \
 	--output_dir $(REAL_RUN)
 
-real: setup $(SMOLLM2) data/gsm8k/train.jsonl
+real: setup $(SMOLLM2) data/gsm8k/train.jsonl data/gsm8k/test.jsonl data/svamp/test.jsonl
 	$(REAL)
+	@$(MAKE) --no-print-directory $(foreach stage,base r1_zero reasoning_rl sft_full,$(REAL_RUN)/transfer/svamp-$(stage).json) \
+		$(foreach stage,base sft_full,$(REAL_RUN)/transfer/gsm8k-$(stage).json)
 
 real-quick: setup $(SMOLLM2)
 	$(REAL) --until r1_zero
 
-# From beside the checkout, or the hub.
+# Each stage is asked as the pipeline asks it: with examples until SFT has taught the format.
+define evaluate_stage
+	@mkdir -p $(@D)
+	$(BIN)/python launch/evaluate.py --config configs/recipes/smollm2-135m/evaluate_$(1).yaml --output $@ \
+		--model.path $(if $(filter base,$*),$(SMOLLM2),$(REAL_RUN)/$*) $(if $(filter base r1_zero,$*), \
+		--prompting.examples configs/recipes/smollm2-135m/examples.jsonl --prompting.shots 3)
+endef
+
+$(REAL_RUN)/transfer/svamp-%.json:
+	$(call evaluate_stage,svamp)
+
+$(REAL_RUN)/transfer/gsm8k-%.json:
+	$(call evaluate_stage,gsm8k)
+
+# Data from beside the checkout, or the hub.
+define fetch
+	@mkdir -p $(@D)
+	@if test -f ../shared/$@; then cp ../shared/$@ $@.part; else $(BIN)/python -c "import datasets; \
+		datasets.load_dataset($(1), split='$*').to_json('$@.part')"; fi
+	@mv $@.part $@
+endef
+
 data/gsm8k/%.jsonl: | $(STAMP)
-	@mkdir -p data/gsm8k
-	@if test -f ../shared/$@; then cp ../shared/$@ $@; else $(BIN)/python -c "import datasets; \
-		datasets.load_dataset('openai/gsm8k', 'main', split='$*').to_json('$@')"; fi
+	$(call fetch,'openai/gsm8k'$(comma) 'main')
+
+data/svamp/%.jsonl: | $(STAMP)
+	$(call fetch,'ChilleD/SVAMP')
 
 # Two files at a time: each waits for servers and for what it killed.
 test: setup $(SERVERS)

@@ -55,6 +55,7 @@ def collect(folder: Path) -> dict:
         "machine": machine(),
         "aims": {},  # the goals are the recipe's
         "run": folder.name,
+        "transfer": {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("transfer/*.json"))},
         **summary,
         "stages": stages,
     }
@@ -80,7 +81,12 @@ def page(runs: list[dict]) -> str:
         "problems that no stage trains on. This page is written by `bench/real_results.py`.\n"
     ]
     for run in runs:
-        parts += [f"\n## {run['run']}\n\nSeed {run['seed']}; {run['machine']}.\n", _table(run), _goals(run)]
+        parts += [
+            f"\n## {run['run']}\n\nSeed {run['seed']}; {run['machine']}.\n",
+            _table(run),
+            _transfer(run),
+            _goals(run),
+        ]
         parts += [part for stage in run["stages"] for part in (_seconds(stage), _samples(stage)) if part]
     return "\n".join(parts)
 
@@ -102,6 +108,20 @@ def _table(run: dict) -> str:
         "and tokens are of these samples. Seconds: the stage with its evaluation, of its last start.\n"
     )
     return head + "|---|---|---|---|---|---|---|\n" + rows + note
+
+
+def _transfer(run: dict) -> str:
+    """Accuracy on what no stage trains on."""
+    rows = ""
+    for name, scores in run["transfer"].items():
+        task, stage = name.split("-")
+        cells = [task, NAMES.get(stage, stage)]
+        for part in (scores["greedy"], scores["sampled"]):
+            low, high = map(percent, part["ci95"])
+            cells.append(f"{percent(part['accuracy'])} ({low} to {high})")
+        rows += f"| {' | '.join(cells)} | {scores['greedy']['problems']} |\n"
+    head = "| task that no stage trains on | stage | greedy accuracy | sampled | problems |\n|---|---|---|---|---|\n"
+    return head + rows if rows else ""
 
 
 def _goals(run: dict) -> str:

@@ -182,10 +182,15 @@ def test_the_page_of_results_has_what_the_runs_files_say(tmp_path):
     (tmp_path / "evaluations").mkdir()
     answer = {"problem": "1 + 1 =", "answer": "2", "text": "<answer>2</answer>", "kind": "math"}
     (tmp_path / "evaluations/r1_zero.completions.jsonl").write_text(json.dumps(answer) + "\n")
+    (tmp_path / "transfer").mkdir()
+    few = {"problems": 60, **scores}
+    (tmp_path / "transfer/svamp-r1_zero.json").write_text(json.dumps({"greedy": few, "sampled": few}))
     found = real_results.collect(tmp_path)
     assert found["stages"][0]["curves"]["accuracy"] == [0.125]
     text = real_results.page([found])
     assert "| R1-Zero: RL only, the same prompt | 25.0 % (20.0 % to 30.0 %) | 25.0 % | 50.0 % | - | 21 | 60 |" in text
+    percents = "25.0 % (20.0 % to 30.0 %)"
+    assert f"| svamp | R1-Zero: RL only, the same prompt | {percents} | {percents} | 60 |" in text
     assert "- missed: r1_zero: sampled format 50.0 %, at least 90.0 %" in text
     assert "1 steps. Seconds by phase: generate 10, train 19." in text and "1 + 1 =\n<answer>2</answer>" in text
     real_results.draw([found], tmp_path / "curve.svg")
