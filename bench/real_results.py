@@ -45,6 +45,7 @@ def collect(folder: Path) -> dict:
         if lines:
             stage["steps"] = len(lines)
             stage["phases"] = _phases(lines)
+            stage["memory_gib"] = significant(max(line.get("memory/train", 0.0) for line in lines)) or None
         if "reward" in (lines or [{}])[0]:
             stage["curves"] = {name: [significant(line[key]) for line in lines] for name, key in CURVES.items()}
         answers = _lines(folder / "evaluations" / f"{stage['name']}.completions.jsonl")
@@ -132,7 +133,8 @@ def _seconds(stage: dict) -> str:
     if "phases" not in stage:
         return ""
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in stage["phases"].items())
-    return f"### {stage['name']}\n\n{stage['steps']} steps. Seconds by phase: {phases or 'not measured'}.\n"
+    memory = f" Memory of the process: {stage['memory_gib']:.1f} GiB." if stage["memory_gib"] else ""
+    return f"### {stage['name']}\n\n{stage['steps']} steps. Seconds by phase: {phases or 'not measured'}.{memory}\n"
 
 
 def _samples(stage: dict) -> str:

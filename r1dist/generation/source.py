@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from ..run.metrics import gpu_memory_gib
+from ..run.metrics import memory_gib
 from ..run.reporting import Reporting
 from .engine import Rollout, RolloutsLost, Sampling
 from .lookahead import Generation, Lookahead
@@ -92,8 +92,7 @@ class GenerationSource:
             except RolloutsLost as error:
                 lost = str(error)
             outcomes = gather_object([(lost, self.engine.metrics())])
-        if (memory := gpu_memory_gib()) is not None:
-            log("memory/generate", memory)
+        log("memory/generate", memory_gib())
         reasons = [reason for reason, _ in outcomes if reason is not None]
         if reasons:
             raise RolloutsLost(reasons[0])

@@ -28,7 +28,7 @@ from ..rewards import Rewards
 from ..run.accumulation import without_gradient_exchange
 from ..run.checkpoints import ResumableTrainer
 from ..run.clock import PhaseClock
-from ..run.metrics import StepMetrics, gpu_memory_gib
+from ..run.metrics import StepMetrics, memory_gib
 from ..run.reporting import Reporting
 from ..run.schedule import GenerationSchedule
 from .batch import MicroBatch, MicroBatching, RolloutBatch, build_micro_batches
@@ -207,9 +207,8 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         self.clock.stop_if_running("train")
         values = {"step_time": self.step_seconds, **self.step_metrics.gather()}
         values |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.take().items()}
+        values["memory/train"] = memory_gib()
         self.step_seconds = 0.0
-        if (memory := gpu_memory_gib()) is not None:
-            values["memory/train"] = memory
         for name, value in values.items():
             self.log_value(name, value)
 

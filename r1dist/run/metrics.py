@@ -1,5 +1,6 @@
 """The metrics of an optimizer step, gathered over the ranks once, at its end."""
 
+import resource
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -62,9 +63,9 @@ def _names(ranks: list[dict], kind: str) -> list[str]:
     return list(dict.fromkeys(name for rank in ranks for name in rank[kind]))
 
 
-def gpu_memory_gib() -> float | None:
-    """GiB in use on this GPU by all processes (allocators keep their peak); None without a GPU."""
+def memory_gib() -> float:
+    """GiB in use on this GPU by all processes (allocators keep their peak); without a GPU, this process's peak."""
     if not torch.cuda.is_available():
-        return None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
