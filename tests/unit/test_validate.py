@@ -83,7 +83,7 @@ def test_what_decides_what_is_learnt_may_not_change():
     changing = {name for name in fields_of(GRPORun) if may_change(GRPORun, name)}
     fixed = set(fields_of(GRPORun)) - changing
     sections = {name.split(".")[0] for name in fixed}
-    assert sections == {"model", "data", "rewards", "rollout", "train"}
+    assert sections == {"model", "data", "prompting", "rewards", "rollout", "train"}
     assert {name for name in fixed if name.startswith("rollout")} == {"rollout.max_staleness"}
     assert {name for name in fixed if name.startswith("train")} == {
         "train.objective", "train.dynamic_sampling", "train.pass_rate",
