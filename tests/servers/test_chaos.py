@@ -141,7 +141,9 @@ def test_a_run_outlives_its_servers_deaths(run_of):
     steps = run.metrics()
     run.end()
     print(f"back in use after {generation_recovery:.0f} s and {sync_recovery:.0f} s; {len(steps)} steps")
-    assert all(0 <= line["rollout/logp_diff"] < 0.02 for line in steps)
+    # No server is probed in a step that finds none which takes the weights in time, on a machine that is busy.
+    probed = [line["rollout/logp_diff"] for line in steps if "rollout/logp_diff" in line]
+    assert len(probed) > len(steps) / 2 and all(0 <= difference < 0.02 for difference in probed)
     assert sum(line.get("rollout/resent", 0) for line in steps) >= 1
     assert any(line.get("rollout/errors/late", 0) for line in steps)
     rows = [row for row in run.trace() if row["step"] < len(steps)]
