@@ -121,6 +121,7 @@ def test_rl_and_evaluation_show_examples_and_begin_the_reply(launched, tmp_path)
     assert all(row["rewards"]["tag_count"] == sum(row["text"].count(tag) == 1 for tag in TAGS) / 4 for row in rows)
     tree = {"model": {"path": "tiny"}, "data": {"sources": [{"path": "tiny", "split": "test", "limit": 8}]}}
     tree |= {"prompting": prompting, "sampling": {"samples": 1, "max_tokens": 16}, "output": str(tmp_path / "e.json")}
+    tree["rollout"] = {"engine": "transformers"}
     launched("evaluate.py", "--config", write_yaml(tmp_path / "evaluate.yaml", tree))
     texts = [row["text"] for row in read_lines(tmp_path / "e.completions.jsonl")]
     assert len(texts) == 8 and all(text.startswith("<think>Let me") for text in texts)
