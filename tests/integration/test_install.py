@@ -52,7 +52,7 @@ def checkout(tmp_path_factory) -> Path:
         named = set(re.findall(r"\bpath: ([\w./-]+)", recipe.read_text()))
         size = "7B" if recipe.parent.name == "qwen2.5-7b" else "0.5B"
         for path in named - KNOWN_SHAPES.keys():
-            if "runs/" in path or re.search(r"-\d+(\.\d+)?[BM]\b", path):
+            if path.startswith(("runs/", "models/")) or re.search(r"-\d+(\.\d+)?[BM]\b", path):
                 KNOWN_SHAPES[f"Qwen/Qwen2.5-{size}"].save_pretrained(folder / path)
     return folder
 
