@@ -1,8 +1,9 @@
 """The one exception a user's mistake raises, and how a launcher turns it into two lines and exit code 2."""
 
+import difflib
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
@@ -12,6 +13,12 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be started again
 
 class UserError(Exception):
     """Input that cannot be used. The message names the file, the field and the mend, in one or two lines."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """How a message about an unknown name ends: with the nearest one that is known, or with a full stop."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean `{nearest[0]}`?" if nearest else "."
 
 
 class RunStopped(Exception):

@@ -1,14 +1,13 @@
 """The tasks of reasoning-gym, and which configuration each takes. The package is imported once one is named."""
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .data import Source
 
 PATH = "reasoning_gym"
@@ -100,5 +99,4 @@ def _sources(section: Any, name: str) -> Iterator[tuple[str, Source]]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return (f"; did you mean `{nearest[0]}`?" if nearest else ".") + f"\nThere are {', '.join(sorted(known))}."
+    return f"{did_you_mean(name, known)}\nThere are {', '.join(sorted(known))}."

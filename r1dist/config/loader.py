@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import difflib
 import functools
 import logging
 import re
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .engines import choose_engine
 from .objective import OBJECTIVES
 from .plain import NULL, Plain, is_text, load, read_as
@@ -248,9 +247,7 @@ def _reject_unknown(tree: dict, ours: set[str], trl: dict, where: str) -> None:
 
 
 def _unknown(where: str, key: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(key.rpartition(".")[2], list(known), n=1, cutoff=0.5)
-    mend = f"; did you mean `{nearest[0]}`?" if nearest else "."
-    return f"{where}: `{key}` is not a field{mend}"
+    return f"{where}: `{key}` is not a field{did_you_mean(key.rpartition('.')[2], known)}"
 
 
 def _typed(check: Callable[[dict], Any], tree: dict, where: str, run_class: type) -> Any:

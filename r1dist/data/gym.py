@@ -16,6 +16,7 @@ import numpy as np
 from ..config import Source
 from ..config.gym import CHUNK, PATH, create
 from ..errors import UserError
+from ..tiny.problems import split_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def rows(source: Source) -> list[dict]:
         for item in _items(task, config, _chunk_seed(source.seed, chunk), where):
             drawn, missed = drawn + 1, missed + 1
             question = item["question"]
-            if question not in found and split_of(question) == source.split:
+            if question not in found and split_of(question, TEST_SHARE) == source.split:
                 found[question], missed = _row(task, config, item), 0
             if len(found) == wanted:
                 return list(found.values())
@@ -61,11 +62,6 @@ def rows(source: Source) -> list[dict]:
                     f"{where}: `limit` is {wanted}, but {drawn} items had {len(found)} distinct questions of the "
                     f"split `{source.split}`.\nLower `limit`, or set `config` so that there are more."
                 )
-
-
-def split_of(question: str) -> str:
-    """ "test" for a tenth of all questions."""
-    return "test" if hashlib.sha256(question.encode()).digest()[0] % TEST_SHARE == 0 else "train"
 
 
 def _chunk_seed(seed: int, chunk: int) -> int:

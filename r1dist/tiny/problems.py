@@ -16,6 +16,11 @@ LENGTHS = (3, 4, 5, 6, 7, 8, 9)
 TEST_SHARE = 10  # one question in ten belongs to the test split
 
 
+def split_of(question: str, share: int) -> str:
+    """ "test" for one in `share` of all questions, by a hash of the question: no seed can mix the two."""
+    return "test" if hashlib.sha256(question.encode()).digest()[0] % share == 0 else "train"
+
+
 @dataclass(frozen=True)
 class Problem:
     """A chain: a first digit and operations such as "*3" or "+4", applied from left to right."""
@@ -48,9 +53,7 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """ "test" for a tenth of all questions, by a hash of the question: no seed can mix the two."""
-        digest = hashlib.sha256(self.question.encode()).digest()
-        return "test" if digest[0] % TEST_SHARE == 0 else "train"
+        return split_of(self.question, TEST_SHARE)
 
 
 def draw(rng: random.Random, lengths: Sequence[int], split: str, weights: Sequence[float] | None = None) -> Problem:

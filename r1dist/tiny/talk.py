@@ -5,10 +5,11 @@ helpfulness model, `judged` for the safety model. As with the problems, a hash o
 so every word of a test question is known, but not the question.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from .problems import split_of
 
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivan", "Jo", "Kim", "Leo", "Mia", "Ned", "Olga")
 COLORS = {
@@ -57,8 +58,7 @@ class Talk:
 
     @property
     def split(self) -> str:
-        digest = hashlib.sha256(self.question.encode()).digest()
-        return "test" if digest[0] % TEST_SHARE == 0 else "train"
+        return split_of(self.question, TEST_SHARE)
 
 
 def everything() -> Iterator[Talk]:

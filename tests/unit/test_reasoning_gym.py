@@ -11,7 +11,7 @@ from conftest import ROOT
 from r1dist.config import GRPORun, Reward, Source, Verify
 from r1dist.config.loader import as_tree, build
 from r1dist.config.tree import changed_on_resume
-from r1dist.data.gym import rows, split_of
+from r1dist.data.gym import TEST_SHARE, rows, split_of
 from r1dist.data.sources import load_problems
 from r1dist.errors import UserError
 from r1dist.rewards import VERIFIERS, Rewards, verifiers_of
@@ -40,7 +40,9 @@ def test_no_question_is_in_both_splits_or_twice_whatever_the_seed():
              for split in ("train", "test")}  # fmt: skip
     questions = {split: [[row["problem"] for row in part] for part in parts] for split, parts in drawn.items()}
     for split, parts in questions.items():
-        assert all(len(set(part)) == 60 and {split_of(question) for question in part} == {split} for part in parts)
+        assert all(
+            len(set(part)) == 60 and {split_of(question, TEST_SHARE) for question in part} == {split} for part in parts
+        )
         assert parts[0][1:] != parts[1][:-1]  # seeds that are neighbours do not share their items
     assert rows(source(config=SHORT, limit=20)) == drawn["train"][0][:20]
 
