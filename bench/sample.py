@@ -19,10 +19,13 @@ from r1dist.config import Sampling as SamplingSettings
 from r1dist.files import read_lines
 from r1dist.generation.engine import Sampling, generate
 from r1dist.generation.inference import fixed_engine
+from r1dist.generation.vllm.limits import Demand
 from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
 from r1dist.run.process import set_up_process
-from r1dist.sampling.draw import fill, generator_prompts, generator_template, requests_of
+from r1dist.sampling.draw import draw
+from r1dist.sampling.run import sampling_job
+from r1dist.sampling.shards import shards
 
 SAMPLES, MAX_TOKENS = 8, 112
 
@@ -41,13 +44,13 @@ def main() -> None:
         sampling=SamplingSettings(samples=SAMPLES, max_tokens=MAX_TOKENS),
     )
     run = SampleRun(output_dir="unused", generators=[generator], rollout=Rollout(engine="vllm"))
-    template = generator_template(generator)
-    prompts = generator_prompts(generator, template)
-    requests = requests_of(run, 0, prompts)
+    job = sampling_job(run, 0)
+    requests = [request for row in job.prompts for request in job.requests(row)]
+    demand = Demand(generator.model, job.template.tokenizer, job.longest, 256, trains=False)
     rates: dict[str, list[float]] = {"engine": [], "sampling": []}
     with (
         tempfile.TemporaryDirectory() as name,
-        fixed_engine(run.rollout, generator.model, template, 256, Path(name)) as engine,
+        fixed_engine(run.rollout, demand, job.template, Path(name)) as engine,
         Pool(VERIFIERS, run.verify) as pool,
     ):
         generate(engine, requests, Sampling(MAX_TOKENS))  # the first one warms up
@@ -55,9 +58,9 @@ def main() -> None:
             began = time.perf_counter()
             rollouts = generate(engine, requests, Sampling(MAX_TOKENS))
             rates["engine"].append(sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - began))
-            journal = Path(name) / f"{number}.jsonl"
             began = time.perf_counter()
-            fill(run, 0, prompts, engine, template, journal, set(), pool)
+            parts = shards(Path(name), f"{number}", len(job.prompts), None)
+            (journal,) = draw(job, parts, run.rollout, lambda engine=engine: engine, pool)
             seconds = time.perf_counter() - began
             rates["sampling"].append(
                 sum(s["tokens"] for line in read_lines(journal) for s in line["samples"]) / seconds

@@ -48,6 +48,24 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in (*PACKAGES, *optional)}
 
 
+def samples_folder(output: Path) -> Path:
+    """Where the samples of the evaluation in the file `output` are.
+
+    A file for each of `data`, the benchmarks and `requests` in each of the modes (`gsm8k-greedy.jsonl`), with a line
+    for each problem: `problem`, `answer`, and `samples` with their `text`, `tokens` and scores.
+    """
+    return output.with_suffix(".samples")
+
+
+def greedy_answers(output: Path) -> Iterator[dict]:
+    """`problem`, `answer`, `kind` and `text` of an evaluation's greedy samples, of `data.sources` and `requests`."""
+    for name in ("data", "requests"):
+        path = samples_folder(output) / f"{name}-greedy.jsonl"
+        for line in sorted(read_lines(path), key=lambda line: line["prompt_id"]) if path.exists() else []:
+            about = {field: line[field] for field in ("problem", "answer", "kind")}
+            yield {**about, "text": line["samples"][0]["text"]}
+
+
 def write_json(path: Path, content: dict, mode: int = 0o644) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

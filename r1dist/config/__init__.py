@@ -5,6 +5,6 @@ from .data import Data, Source
 from .model import Lora, Model
 from .rewards import Reward, Verify
 from .rollout import Rollout, Serve
-from .runs import ChatRun, EvaluateRun, GRPORun, Requests, RewardModelRun, ServeRun, SFTRun
+from .runs import ChatRun, EvaluateRun, EvaluationData, GRPORun, Requests, RewardModelRun, ServeRun, SFTRun
 from .sampling import Filters, Generator, Prompting, Refine, SampleRun, Sampling
 from .train import PlacementConfig, Train, TrainRL

@@ -34,6 +34,10 @@ class Source:
     go without."""
     answer_format: Literal["plain", "hashes", "boxed"] = "plain"
     """`plain`: the column is the answer. `hashes`: it follows `####` (GSM8K). `boxed`: the last `\\boxed{}`."""
+    choices: str | Annotated[list[str], Field(min_length=2)] | None = None
+    """Column with a list of choices, or a column for each. They follow the question as `A. ...`, in an order of
+    their own for each row, drawn by `seed`; `answer` is then the text of the right one, its letter or its place (from
+    0), and the gold answer its letter in that order."""
     conversation: str | None = None
     """Column with a list of turns, `role`/`content` or `from`/`value`; the last turn is the completion."""
     completion: str | None = None

@@ -26,6 +26,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_generators(run)
     if isinstance(run, SampleRun | EvaluateRun):
         _check_servers(run, where)
+    if isinstance(run, EvaluateRun):
+        _check_evaluation(run, where)
     if isinstance(run, TrainingRun):
         _check_supported(run, where)
     else:
@@ -52,6 +54,18 @@ def _check_generators(run: SampleRun) -> None:
         raise UserError("generators: two of them have the same `name`; each needs its own.")
     if run.rows is None and any(generator.share < 1 for generator in run.generators):
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
+
+
+def _check_evaluation(run: EvaluateRun, where: str) -> None:
+    if not (run.data.sources or run.benchmarks or run.requests):
+        raise UserError(f"{where}: nothing to evaluate: set `data.sources`, `benchmarks` or `requests`.")
+    names = [benchmark.name for benchmark in run.benchmarks]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: `benchmarks`: two of them have the same `name`; each needs its own.")
+    if run.shard is not None and run.output is None:
+        raise UserError(
+            f"{where}: `shard` divides the work among processes, which share the folder of `output`; set it."
+        )
 
 
 def _check_supported(run: TrainingRun, where: str) -> None:

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from ..config import Source
 from ..config.gym import PATH as GYM
 from ..errors import UserError
+from .choices import CHOICES, choice_question, right_choice
 from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
 from .mapping import mapped
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
@@ -141,7 +142,7 @@ def _problems(source: Source) -> Dataset:
     columns = {"problem": source.problem, "answer": source.answer}
     if source.answer is None and source.kind != "math":
         del columns["answer"]
-    further = ("tests", "language", "system")
+    further = ("tests", "language", "system", "choices")
     columns |= {field: named for field in further if (named := getattr(source, field)) is not None}
     require_columns(source, raw, columns)
     listed = source.answer is not None and holds_lists(raw, source.answer)
@@ -156,6 +157,8 @@ def _problems(source: Source) -> Dataset:
     def convert(row: dict) -> dict:
         system, earlier, problem = _asked(source, row)
         gold = answer(row)
+        if source.choices is not None:
+            problem, gold = _with_choices(source, row, problem)
         entry = row["entry"] if source.path == GYM else None
         if gold is None and source.kind == "math" and entry is None:
             raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
@@ -174,6 +177,20 @@ def _problems(source: Source) -> Dataset:
 
     mend = "Set `problem`, `answer` or `answer_format` of this source."
     return _usable(source, raw, convert, LISTED if listed else PROBLEM, mend)
+
+
+def _with_choices(source: Source, row: dict, problem: str) -> tuple[str, str]:
+    """The question with its choices in the row's own order, and the letter of the right one."""
+    columns = [source.choices] if isinstance(source.choices, str) else source.choices
+    values = [value_of(row, column) for column in columns]
+    listed = values[0] if isinstance(values[0], list) else values
+    texts = [text.strip() for text in map(as_text, listed) if text is not None]
+    if len(texts) < len(listed) or not 2 <= len(texts) <= len(CHOICES):
+        raise UnusableRow(f"no 2 to {len(CHOICES)} `choices`")
+    right = right_choice(texts, value_of(row, source.answer) if source.answer else None)
+    if right is None:
+        raise UnusableRow("an `answer` that names none of its `choices`")
+    return choice_question(problem, texts, right, source.seed)
 
 
 def _conversations(source: Source) -> Dataset:

@@ -13,6 +13,7 @@ from ..config.engines import VLLM_MISSING, vllm_installed
 from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
 from ..errors import UserError
+from ..files import samples_folder
 
 EVALUATION = ".evaluation"
 
@@ -53,8 +54,8 @@ class Step:
     """The resolved configuration that the command will run with."""
     output: Path
     """What it leaves: a model's folder or a file."""
-    folder: Path | None
-    """The folder that is its own while it runs; None if it leaves one file."""
+    folder: Path
+    """The folder that is its own while it runs."""
     trains: bool
     accelerate: str | None = None
 
@@ -142,7 +143,7 @@ class Graph:
     def _ordered(self, steps: list[Step]) -> dict[str, Step]:
         """By name, each after what it needs; of those that are free an evaluation, then the YAML's first."""
         by_name = {step.name: step for step in steps}
-        places = {step.name: (step.folder is not None, place) for place, step in enumerate(steps)}
+        places = {step.name: (not step.name.endswith(EVALUATION), place) for place, step in enumerate(steps)}
         sorter = TopologicalSorter({step.name: step.needs for step in steps})
         try:
             sorter.prepare()
@@ -214,7 +215,7 @@ class Graph:
             command=[sys.executable, str(self.launch / "evaluate.py"), *arguments],
             config=as_tree(parse(EvaluateRun, arguments)),
             output=output,
-            folder=None,
+            folder=samples_folder(output),
             trains=False,
         )
 

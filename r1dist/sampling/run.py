@@ -1,29 +1,36 @@
 """`launch/sample.py`: draw what is missing, then choose among all that was drawn."""
 
+import functools
 import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from datasets import Dataset
-
 from ..config import SampleRun
 from ..config.loader import as_tree
+from ..data.prompts import prompt_dataset
 from ..data.sources import load_conversations
+from ..data.templates import load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..files import RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
-from ..generation.engine import RolloutsLost
+from ..generation.engine import RolloutsLost, Sampling
+from ..generation.inference import fixed_engine
+from ..generation.vllm.limits import Demand
+from ..generation.vllm.start import check_servers
+from ..models import load_model_config
 from ..rewards import verifiers_of
-from ..rewards.golds import check_golds
+from ..rewards.golds import check_answers
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.resume import check_same, data_digests
-from .draw import check_servers_of, draw, generator_prompts, generator_template
+from .draw import SamplingJob, draw
 from .select import Tally, filters_text, mixed, select
+from .shards import shards
 
 logger = logging.getLogger(__name__)
 
@@ -41,36 +48,62 @@ def sample(run: SampleRun) -> dict:
     folder = Path(run.output_dir)
     verifiers = verifiers_of((), [source for generator in run.generators for source in generator.data.sources])
     with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
-        asked = _prompts(run, pool)
+        jobs = _jobs(run, pool)
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
-            for generator, prompts in zip(run.generators, asked, strict=True):
-                check_servers_of(run, generator, prompts)
+            for number, job in enumerate(jobs):
+                demand = _demand(run, number, job)
+                check_servers(run.rollout, demand, demand.model.dtype, trainers=0)
         with _ours(run, folder):
             with _turn(run, folder):
                 _begin(run, folder)
-            journals = {}
-            for number, generator in enumerate(run.generators):
-                try:
-                    journals[generator.name] = draw(run, number, asked[number], folder / SAMPLES, pool)
-                except (RolloutsLost, VerifiersBroken) as error:
-                    raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
+            try:
+                journals = {job.name: _draw(run, number, job, pool) for number, job in enumerate(jobs)}
+            except (RolloutsLost, VerifiersBroken) as error:
+                raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
             with _turn(run, folder):
                 return _chosen_by_another(run, folder) or _choose(run, folder, journals)
 
 
-def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
-    """What each generator asks. Raises `UserError` for data that cannot be used, `mix` included."""
+def _jobs(run: SampleRun, pool: Pool) -> list[SamplingJob]:
+    """What each generator draws. Raises `UserError` for data that cannot be used, `mix` included."""
     if run.mix:
         load_conversations(run.mix)
-    asked = []
-    for number, generator in enumerate(run.generators):
-        template = generator_template(generator)
+    jobs = []
+    for number in range(len(run.generators)):
+        jobs.append(sampling_job(run, number))
         if run.filters.format:
-            template.require_thoughts("filters.format keeps replies that think")
-        asked.append(generator_prompts(generator, template))
+            jobs[-1].template.require_thoughts("filters.format keeps replies that think")
         if run.filters.correct:
-            check_golds("accuracy", asked[-1], pool, f"generators.{number}.data.sources")
-    return asked
+            check_answers(jobs[-1].prompts, pool, f"generators.{number}.data.sources")
+    return jobs
+
+
+def sampling_job(run: SampleRun, number: int) -> SamplingJob:
+    """What `run.generators[number]` draws."""
+    generator = run.generators[number]
+    model, data, prompting, asked = generator.model, generator.data, generator.prompting, generator.sampling
+    template = load_template(model, data.template, prompting.prefill)
+    context = load_model_config(model).max_position_embeddings
+    prompts = prompt_dataset(data, template, context, asked.max_tokens, prompting)
+    sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p)
+    return SamplingJob(generator.name, prompts, template, sampling, asked.samples, run.seed, stream=number)
+
+
+def _demand(run: SampleRun, number: int, job: SamplingJob) -> Demand:
+    model = run.generators[number].model
+    return Demand(model, job.template.tokenizer, job.longest, job.sampling.max_tokens, trains=False)
+
+
+def _draw(run: SampleRun, number: int, job: SamplingJob, pool: Pool) -> list[Path]:
+    folder = Path(run.output_dir) / SAMPLES
+    logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder
+    with ExitStack() as stack:
+
+        @functools.cache
+        def engine():
+            return stack.enter_context(fixed_engine(run.rollout, _demand(run, number, job), job.template, logs))
+
+        return draw(job, shards(folder, job.name, len(job.prompts), run.shard), run.rollout, engine, pool)
 
 
 def _ours(run: SampleRun, folder: Path) -> AbstractContextManager:

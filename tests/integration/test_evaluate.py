@@ -1,49 +1,8 @@
 """Scores and their intervals, and the launcher that prints them."""
 
 import json
-import random
-from statistics import fmean
 
-import pytest
 from conftest import ROOT, launch
-
-from r1dist.evaluation.intervals import clustered_interval, wilson_interval
-
-
-def test_wilson_interval_against_known_values():
-    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
-    for (successes, trials), expected in {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (0, 20): (0.0, 0.1611),
-        (1, 29): (0.0061, 0.1718),
-    }.items():
-        assert wilson_interval(successes / trials, trials) == pytest.approx(expected, abs=5e-5)
-
-
-def test_one_sample_a_problem_is_nearly_wilson():
-    scores = [1.0] * 30 + [0.0] * 70
-    assert clustered_interval(scores) == pytest.approx(wilson_interval(0.3, 100), abs=2e-3)
-
-
-def test_samples_of_one_problem_count_for_less_than_problems():
-    alike = [1.0] * 30 + [0.0] * 70  # every sample of a problem agrees: only 100 trials
-    mixed = [0.3] * 50 + [0.25, 0.35] * 25  # problems are all alike: many independent trials
-    width = {name: high - low for name, (low, high) in {
-        "alike": clustered_interval(alike), "mixed": clustered_interval(mixed)
-    }.items()}  # fmt: skip
-    assert width["mixed"] < width["alike"] / 2
-
-
-def test_the_interval_covers_what_it_says():
-    rng = random.Random(0)
-    covered = 0
-    for _ in range(2000):
-        truths = [rng.betavariate(1, 2) for _ in range(60)]
-        rates = [fmean(rng.random() < truth for _ in range(4)) for truth in truths]
-        low, high = clustered_interval(rates)
-        covered += low <= 1 / 3 <= high
-    assert 0.93 <= covered / 2000 <= 0.97
 
 
 def test_launcher(tmp_path):
