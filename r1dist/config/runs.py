@@ -1,6 +1,6 @@
 """The configuration of each launcher. TRL's own fields stand at the top level under TRL's names."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -15,6 +15,8 @@ from .rollout import Rollout, Serve
 from .sampling import Prompting, Sampling
 from .train import PlacementConfig, Train, TrainRL
 from .values import PathText, Seed
+
+Mode = Literal["greedy", "sampled"]
 
 
 def _weighted(value: Any) -> Any:
@@ -107,7 +109,7 @@ class EvaluateRun:
     protocol: Literal["greedy", "r1"] | None = None
     """Sets what the YAML leaves open. `greedy`: one greedy completion. `r1`: the report's, temperature 0.6, top-p
     0.95, 32,768 tokens, and as many samples as the benchmarks usually have."""
-    modes: list[Literal["greedy", "sampled"]] = Field(default_factory=lambda: ["greedy", "sampled"], min_length=1)
+    modes: Annotated[list[Mode], Field(min_length=1)] = Field(default_factory=lambda: [*get_args(Mode)])
     """How each problem is answered: once greedily, `sampling.samples` times at `sampling.temperature`, or both."""
     prompting: Prompting = Field(default_factory=Prompting)
     """Its examples and its instruction are for problems alone; general requests are asked without."""

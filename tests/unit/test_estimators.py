@@ -68,12 +68,8 @@ def sampled(text: str, right: bool, finished: bool = True) -> dict:
 def test_the_majority_is_by_equal_answers_not_by_equal_texts(pool):
     half = [sampled(f"<think>so</think>\n<answer>{text}</answer>", True) for text in ("1/2", "0.5", r"\frac{1}{2}")]
     third = [sampled(f"It is <answer>{text}</answer>", False) for text in ("1/3", "1/3")]
-    assert consensus([third + half, half[:1] + third, half[:2] + third, third[:1] + half[:1]], pool) == [
-        1,
-        0,
-        0.5,
-        0.5,
-    ]
+    problems = [third + half, half[:1] + third, half[:2] + third, third[:1] + half[:1]]
+    assert consensus(problems, pool) == [1, 0, 0.5, 0.5]
 
 
 def test_what_gives_no_answer_has_no_vote(pool):
