@@ -207,13 +207,16 @@ class Graph:
         for field, source in stage.evaluate_inputs.items():
             arguments += [f"--{field}", str(self.output(source))]
         arguments += self._engine()
+        run = parse(EvaluateRun, arguments)
+        if not run.data.sources or len(run.modes) < 2:
+            raise UserError(f"{config}: a stage's evaluation has `data.sources`, and leaves out `modes` and `protocol`.")
         return Step(
             name=f"{stage.name}{EVALUATION}",
             stage=stage,
             uses=(stage.name, *stage.evaluate_inputs.values()),
             needs=self._trained([stage.name, *stage.evaluate_inputs.values()]),
             command=[sys.executable, str(self.launch / "evaluate.py"), *arguments],
-            config=as_tree(parse(EvaluateRun, arguments)),
+            config=as_tree(run),
             output=output,
             folder=samples_folder(output),
             trains=False,

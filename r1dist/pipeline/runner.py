@@ -208,7 +208,7 @@ class Runner:
             if evaluation.get("state") == "finished":
                 scores = json.loads(self.graph.steps[stage.name + EVALUATION].output.read_text())
                 entry |= {"eval": scores["greedy"], "sampled": scores["sampled"]}
-                entry |= {"requests": scores["requests"]} if "requests" in scores else {}
+                entry |= {part: scores[part] for part in ("requests", "benchmarks") if part in scores}
             if stage.kind == "sample":
                 entry["data"] = json.loads((self.folder / stage.name / "report.json").read_text())
             if stage.kind == "reward_model":
