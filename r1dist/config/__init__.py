@@ -1,7 +1,7 @@
 """Every field of the YAML files, the loader, and the checks. Imports no torch."""
 
 from .convert import ConvertRun
-from .data import Data, Source
+from .data import Data, Decontaminate, Source
 from .model import Lora, Model
 from .rewards import Reward, Verify
 from .rollout import Rollout, Serve

@@ -8,6 +8,9 @@ from pydantic.dataclasses import dataclass
 from .rewards import STRICT
 from .values import PathText, Seed
 
+SHORTEST = 3
+"""Least words that say that one problem is in another."""
+
 
 @dataclass(config=STRICT, kw_only=True)
 class Source:
@@ -62,6 +65,17 @@ class Source:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class Decontaminate:
+    """Rows that share words with a test problem are dropped."""
+
+    against: list[Source] = Field(min_length=1)
+    """Where the test problems come from; only `problem` is needed of their columns."""
+    ngram: int = Field(default=13, ge=SHORTEST)
+    """Words in a row that a question may not share with a test problem; a test problem with fewer may not be in it as
+    a whole."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class Data:
     """Sources, in order, and how a question becomes a prompt."""
 
@@ -70,3 +84,5 @@ class Data:
     template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
     """`chat`: the tokenizer's chat template. `r1_zero`: the report's plain-text template for base models.
     `r1_zero_chat`: the chat template with the report's instruction as the system prompt."""
+    decontaminate: Decontaminate | None = None
+    """Drop the rows that share words with test problems. Not for `launch/evaluate.py`, whose rows are the test."""

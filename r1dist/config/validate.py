@@ -32,6 +32,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_not_trained(run, where)
     if isinstance(run, SFTRun):
         _check_packing(run, where)
+    if isinstance(run, EvaluateRun) and run.data.decontaminate is not None:
+        raise UserError(f"{where}: `data.decontaminate` drops training rows, and these are the test; leave it out.")
     if not isinstance(run, GRPORun):
         return
     check_rewards(run.rewards)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -41,13 +41,14 @@ def sample(run: SampleRun) -> dict:
     folder = Path(run.output_dir)
     verifiers = verifiers_of((), [source for generator in run.generators for source in generator.data.sources])
     with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
-        asked = _prompts(run, pool)
+        contaminated: list[dict] = []
+        asked = _prompts(run, pool, contaminated)
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
             for generator, prompts in zip(run.generators, asked, strict=True):
                 check_servers_of(run, generator, prompts)
         with _ours(run, folder):
             with _turn(run, folder):
-                _begin(run, folder)
+                _begin(run, folder, contaminated)
             journals = {}
             for number, generator in enumerate(run.generators):
                 try:
@@ -58,8 +59,11 @@ def sample(run: SampleRun) -> dict:
                 return _chosen_by_another(run, folder) or _choose(run, folder, journals)
 
 
-def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
-    """What each generator asks. Raises `UserError` for data that cannot be used, `mix` included."""
+def _prompts(run: SampleRun, pool: Pool, contaminated: list[dict] | None = None) -> list[Dataset]:
+    """What each generator asks; what decontamination drops is added to `contaminated`.
+
+    Raises `UserError` for data that cannot be used, `mix` included.
+    """
     if run.mix:
         load_conversations(run.mix)
     asked = []
@@ -67,7 +71,7 @@ def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
         template = generator_template(generator)
         if run.filters.format:
             template.require_thoughts("filters.format keeps replies that think")
-        asked.append(generator_prompts(generator, template))
+        asked.append(generator_prompts(generator, template, contaminated))
         if run.filters.correct:
             check_golds("accuracy", asked[-1], pool, f"generators.{number}.data.sources")
     return asked
@@ -83,13 +87,13 @@ def _turn(run: SampleRun, folder: Path) -> AbstractContextManager:
     return nullcontext() if run.shard is None else lock_run_dir(folder, wait=True)
 
 
-def _begin(run: SampleRun, folder: Path) -> None:
+def _begin(run: SampleRun, folder: Path, contaminated: Sequence[dict] = ()) -> None:
     tree, data = as_tree(run), data_digests(as_tree(run))
     if (folder / RUN_FILE).exists():
         check_same(folder, SampleRun, tree, data)
     else:
         check_folder(folder, resume=False)
-    write_run_file(folder, "sample", tree, data)
+    write_run_file(folder, "sample", tree, data, contaminated)
     (folder / SAMPLES).mkdir(exist_ok=True)
 
 
