@@ -50,7 +50,7 @@ def settings(tmp_path, *problems: str) -> Decontaminate:
         (r"Find $\frac{1}{2}x^2 + 3.5$!", "find frac 1 2 x 2 3 5"),
         ("x² − ½, 2x, x_1", "x 2 1 2 2 x x 1"),
         ("ＦＩＮＤ the １２th Straße ﬁrst", "find the 12 th strasse first"),
-        ("小明有3个苹果。カタカナ", "小 明 有 3 个 苹 果 カ タ カ ナ"),
+        ("小明有3个苹果。カタ・カナ", "小 明 有 3 个 苹 果 カ タ カ ナ"),
         ("Сколько 사과가 ثلاثة", "сколько 사과가 ثلاثة"),
         ("+ - = ?! \\[ \\] 🙂", ""),
     ],
