@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from pathlib import Path
 from .errors import UserError
 
 RUN_FILE, LOCK = "run.json", ".lock"
+DECONTAMINATED = "decontaminated.json"  # the rows that `data.decontaminate` dropped
 METRICS = "metrics.jsonl"  # a line for each logged step
 CHECKSUMS = "checksums.json"  # the last file of a checkpoint: with it, it is whole
 ENDED = "ended.json"  # why a run stopped before its end
@@ -37,8 +38,12 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def write_run_file(folder: Path, launcher: str, config: dict, data: dict[str, str]) -> None:
-    """Record the configuration, the digests of its data and the versions in `folder`."""
+def write_run_file(
+    folder: Path, launcher: str, config: dict, data: dict[str, str], contaminated: Sequence[dict] = ()
+) -> None:
+    """Record the configuration, the digests of its data, the versions and the `contaminated` rows in `folder`."""
+    if contaminated:
+        write_json(folder / DECONTAMINATED, {"dropped": contaminated})
     write_json(folder / RUN_FILE, {"launcher": launcher, "config": config, "data": data, "versions": versions()})
 
 

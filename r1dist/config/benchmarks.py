@@ -9,8 +9,8 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ..errors import did_you_mean
-from .data import Source
 from .rewards import STRICT
+from .source import Source
 
 TABLE = Path(__file__).with_name("benchmarks.yaml")
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -54,6 +54,10 @@ def entries(value: Any) -> Any:
     return [_entry(item) for item in value] if isinstance(value, list) else value
 
 
+def _is_benchmark(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("sources"), list)
+
+
 def _entry(item: Any) -> Any:
     given = {"name": str(item)} if isinstance(item, str) else item
     if not isinstance(given, dict) or "sources" in given or "name" not in given:
@@ -71,6 +75,17 @@ def _entry(item: Any) -> Any:
     dropped = ("subset", "split") if "path" in changed else ()
     sources = [{**{k: v for k, v in source.items() if k not in dropped}, **changed} for source in usual]
     return {**{k: v for k, v in given.items() if k not in changed}, "name": name, "sources": sources}
+
+
+def sources_of(value: Any) -> Any:
+    """What `data.decontaminate.against` holds, with the benchmarks' sources in the place of their names.
+
+    Raises `ValueError`.
+    """
+    found = entries(value)
+    if not isinstance(found, list):
+        return found
+    return [source for item in found for source in (item["sources"] if _is_benchmark(item) else [item])]
 
 
 def settle(benchmarks: list[Benchmark], protocol: str | None, samples: int, explicit: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError, did_you_mean
-from .data import Source
+from .source import Source
 
 PATH = "reasoning_gym"
 """What `path` of such a source is."""

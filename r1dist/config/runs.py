@@ -6,13 +6,14 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from .benchmarks import Benchmark, entries
-from .data import Data, Source
+from .data import Data
 from .languages import Language
 from .model import Model
 from .resumable import MayChange
 from .rewards import STRICT, Reward, Verify
 from .rollout import Rollout, Serve
 from .sampling import Prompting, Sampling
+from .source import Source
 from .train import PlacementConfig, Train, TrainRL
 from .values import PathText, Seed
 

@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 
 from ..config import Data, Prompting, Source
 from ..errors import UserError
+from .decontaminate import decontaminate
 from .mapping import kept, mapped
 from .sources import load_conversations, load_problems
 from .templates import Template
@@ -15,14 +16,20 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_dataset(
-    data: Data, template: Template, context: int, completion: int, prompting: Prompting | None = None
+    data: Data,
+    template: Template,
+    context: int,
+    completion: int,
+    prompting: Prompting | None = None,
+    contaminated: list[dict] | None = None,
 ) -> Dataset:
     """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), and `load_problems`' columns.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
-    `prompting`, the examples and the instruction stand in the prompt.
+    `prompting`, the examples and the instruction stand in the prompt. What `data.decontaminate` drops is added to
+    `contaminated`.
     """
-    rows = load_problems(data.sources)
+    rows = _decontaminated(load_problems(data.sources), data, contaminated)
     examples = load_examples(prompting) if prompting else []
     instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
@@ -65,13 +72,16 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
     return [(row["messages"][-1]["content"], row["completion"]) for row in rows.select(range(prompting.shots))]
 
 
-def completion_dataset(data: Data, template: Template, max_length: int | None) -> Dataset:
+def completion_dataset(
+    data: Data, template: Template, max_length: int | None, contaminated: list[dict] | None = None
+) -> Dataset:
     """Rows with `input_ids`, their number `length`, and `completion_mask` (1 on the reply and what ends it).
 
     A row of more than `max_length` tokens is dropped and counted, since packing would cut it in two; so is one that
     the chat template refuses. Raises `UserError` if none is left, or if the template keeps replies from thinking.
+    What `data.decontaminate` drops is added to `contaminated`.
     """
-    rows = load_conversations(data.sources)
+    rows = _decontaminated(load_conversations(data.sources), data, contaminated)
     if any("<think>" in completion for completion in rows["completion"]):
         template.require_thoughts("data.sources: there are replies that think")
 
@@ -97,6 +107,15 @@ def completion_dataset(data: Data, template: Template, max_length: int | None) -
     if not len(fitting):
         raise UserError(f"data.sources: none of the {len(usable)} rows fits into max_length = {max_length} tokens.")
     return fitting
+
+
+def _decontaminated(rows: Dataset, data: Data, contaminated: list[dict] | None) -> Dataset:
+    if data.decontaminate is None:
+        return rows
+    rows, found = decontaminate(rows, data.decontaminate)
+    if contaminated is not None:
+        contaminated += found
+    return rows
 
 
 def _prompt_ids(template: Template, prompt: str | list[dict]) -> tuple[list[int], str | None]:

@@ -62,6 +62,17 @@ def load_conversations(sources: list[Source]) -> Dataset:
     return concatenate_datasets([_conversations(_with_columns(source)) for source in sources])
 
 
+def load_questions(source: Source) -> list[str]:
+    """The problems of a source, of which no other column is needed."""
+    source = _with_columns(source)
+    raw = read(source)
+    require_columns(source, raw, {"problem": source.problem})
+    rows = _usable(
+        source, raw, lambda row: {"problem": _asked(source, row)[-1]}, {"problem": TEXT}, "Set its `problem`."
+    )
+    return list(rows["problem"])
+
+
 def load_pairs(sources: list[Source]) -> Dataset:
     """All rows with `problem`, `chosen` and `rejected`."""
 

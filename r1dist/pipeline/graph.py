@@ -209,7 +209,9 @@ class Graph:
         arguments += self._engine()
         run = parse(EvaluateRun, arguments)
         if not run.data.sources or len(run.modes) < 2:
-            raise UserError(f"{config}: a stage's evaluation has `data.sources`, and leaves out `modes` and `protocol`.")
+            raise UserError(
+                f"{config}: a stage's evaluation needs `data.sources`, and takes no `modes` or `protocol`."
+            )
         return Step(
             name=f"{stage.name}{EVALUATION}",
             stage=stage,

@@ -18,7 +18,7 @@ from .checkpoints import STAGING, damage, read_state, step_of
 
 logger = logging.getLogger(__name__)
 
-DATA = re.compile(r"(?:^|\.)(?:(?:sources|holdout|mix)\.\d+\.path|prompting\.examples)$")
+DATA = re.compile(r"(?:^|\.)(?:(?:sources|against|holdout|mix)\.\d+\.path|prompting\.examples)$")
 
 
 def data_digests(tree: dict) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -48,14 +48,15 @@ def sample(run: SampleRun) -> dict:
     folder = Path(run.output_dir)
     verifiers = verifiers_of((), [source for generator in run.generators for source in generator.data.sources])
     with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
-        jobs = _jobs(run, pool)
+        contaminated: list[dict] = []
+        jobs = _jobs(run, pool, contaminated)
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
             for number, job in enumerate(jobs):
                 demand = _demand(run, number, job)
                 check_servers(run.rollout, demand, demand.model.dtype, trainers=0)
         with _ours(run, folder):
             with _turn(run, folder):
-                _begin(run, folder)
+                _begin(run, folder, contaminated)
             try:
                 journals = {job.name: _draw(run, number, job, pool) for number, job in enumerate(jobs)}
             except (RolloutsLost, VerifiersBroken) as error:
@@ -64,13 +65,16 @@ def sample(run: SampleRun) -> dict:
                 return _chosen_by_another(run, folder) or _choose(run, folder, journals)
 
 
-def _jobs(run: SampleRun, pool: Pool) -> list[SamplingJob]:
-    """What each generator draws. Raises `UserError` for data that cannot be used, `mix` included."""
+def _jobs(run: SampleRun, pool: Pool, contaminated: list[dict]) -> list[SamplingJob]:
+    """What each generator draws; what decontamination drops is added to `contaminated`.
+
+    Raises `UserError` for data that cannot be used, `mix` included.
+    """
     if run.mix:
         load_conversations(run.mix)
     jobs = []
     for number in range(len(run.generators)):
-        jobs.append(sampling_job(run, number))
+        jobs.append(sampling_job(run, number, contaminated))
         if run.filters.format:
             jobs[-1].template.require_thoughts("filters.format keeps replies that think")
         if run.filters.correct:
@@ -78,13 +82,13 @@ def _jobs(run: SampleRun, pool: Pool) -> list[SamplingJob]:
     return jobs
 
 
-def sampling_job(run: SampleRun, number: int) -> SamplingJob:
-    """What `run.generators[number]` draws."""
+def sampling_job(run: SampleRun, number: int, contaminated: list[dict] | None = None) -> SamplingJob:
+    """What `run.generators[number]` draws; what its `data.decontaminate` drops is added to `contaminated`."""
     generator = run.generators[number]
     model, data, prompting, asked = generator.model, generator.data, generator.prompting, generator.sampling
     template = load_template(model, data.template, prompting.prefill)
     context = load_model_config(model).max_position_embeddings
-    prompts = prompt_dataset(data, template, context, asked.max_tokens, prompting)
+    prompts = prompt_dataset(data, template, context, asked.max_tokens, prompting, contaminated)
     sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p)
     return SamplingJob(generator.name, prompts, template, sampling, asked.samples, run.seed, stream=number)
 
@@ -116,13 +120,13 @@ def _turn(run: SampleRun, folder: Path) -> AbstractContextManager:
     return nullcontext() if run.shard is None else lock_run_dir(folder, wait=True)
 
 
-def _begin(run: SampleRun, folder: Path) -> None:
+def _begin(run: SampleRun, folder: Path, contaminated: Sequence[dict] = ()) -> None:
     tree, data = as_tree(run), data_digests(as_tree(run))
     if (folder / RUN_FILE).exists():
         check_same(folder, SampleRun, tree, data)
     else:
         check_folder(folder, resume=False)
-    write_run_file(folder, "sample", tree, data)
+    write_run_file(folder, "sample", tree, data, contaminated)
     (folder / SAMPLES).mkdir(exist_ok=True)
 
 

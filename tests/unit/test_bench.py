@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT
 from transformers import Qwen2Config
 
-SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "scale", "first_run", "real")
+SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "decontaminate", "scale", "first_run",
+             "real")  # fmt: skip
 """Benches that name each figure in their source; others put the names together."""
 
 
