@@ -209,9 +209,7 @@ class Graph:
         arguments += self._engine()
         run = parse(EvaluateRun, arguments)
         if not run.data.sources or len(run.modes) < 2:
-            raise UserError(
-                f"{config}: a stage's evaluation needs `data.sources`, and takes no `modes` or `protocol`."
-            )
+            raise UserError(f"{config}: a stage's evaluation needs `data.sources`, and has no `modes` or `protocol`.")
         return Step(
             name=f"{stage.name}{EVALUATION}",
             stage=stage,

@@ -258,7 +258,7 @@ def test_sampling_does_not_ask_what_is_tested_and_lists_it(tmp_path):
     run = build(SampleRun, {"output_dir": str(tmp_path / "run"), "generators": generators,
                             "filters": {"correct": False}}, "test")  # fmt: skip
     dropped: list[dict] = []
-    asked = sampling._prompts(run, None, dropped)
+    asked = [job.prompts for job in sampling._jobs(run, None, dropped)]
     assert [len(prompts) for prompts in asked] == [63, 62]
     sampling._begin(run, tmp_path / "run", dropped)
     listed = json.loads((tmp_path / "run" / DECONTAMINATED).read_text())["dropped"]
