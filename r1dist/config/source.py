@@ -53,6 +53,9 @@ class Source:
     """Column with 1 for a good response and 0 for a bad one (pointwise reward models), which `completion` holds."""
     tests: str | None = None
     """Column with a program's tests (reward `code`), a list or its JSON: `{stdin, stdout}` or `{call, returns}`."""
+    tests_format: Literal["plain", "humaneval", "livecodebench"] = "plain"
+    """`humaneval`, `livecodebench`: the columns of these benchmarks. For evaluation only: a program can find out what
+    HumanEval's tests ask."""
     language: str | None = None
     """Column with the language of the program, `python` or `cpp`."""
     system: str | None = None

@@ -21,6 +21,7 @@ from ..errors import UserError
 from .choices import CHOICES, choice_question, right_choice
 from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
 from .mapping import mapped
+from .programs import program_tests
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def _problems(source: Source) -> Dataset:
         entry = row["entry"] if source.path == GYM else None
         if gold is None and source.kind == "math" and entry is None:
             raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
-        tests = value_of(row, source.tests) if source.tests else None
+        tests = program_tests(value_of(row, source.tests), source.tests_format, row) if source.tests else None
         return {
             "problem": problem,
             "earlier": earlier,

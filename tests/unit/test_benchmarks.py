@@ -1,6 +1,9 @@
 """Benchmarks by name, protocols, and questions with choices."""
 
+import base64
 import json
+import pickle
+import zlib
 from collections import Counter
 
 import pytest
@@ -10,8 +13,11 @@ from r1dist.config import EvaluateRun, Source
 from r1dist.config.benchmarks import table
 from r1dist.config.loader import as_tree, parse
 from r1dist.data.choices import choice_question, right_choice
+from r1dist.data.formats import UnusableRow
+from r1dist.data.programs import humaneval, livecodebench
 from r1dist.data.sources import load_problems
 from r1dist.errors import UserError
+from r1dist.rewards.code.reward import code
 
 
 def evaluation(*arguments: str) -> EvaluateRun:
@@ -128,3 +134,44 @@ def test_columns_of_choices_become_a_question_and_a_letter(tmp_path):
     assert len(rows) == 5  # without the row that lacks a choice, and the one where the right one stands twice
     assert f"{rows[0]['answer']}. so" in rows[0]["problem"] and rows[0]["problem"].count("\n") == 6
     assert f"{rows[4]['answer']}. 4" in rows[4]["problem"]
+
+
+def passed(completion: str, tests: list[dict]) -> float | None:
+    return code(completion, {"tests": json.dumps(tests), "language": None})
+
+
+def fenced(program: str) -> str:
+    return f"<answer>\n```python\n{program}\n```\n</answer>"
+
+
+def test_humanevals_check_is_a_test():
+    tests = humaneval(
+        "def check(candidate):\n    assert candidate(2) == 3\n    assert candidate(0) == 1\n", "plus_one"
+    )
+    assert passed(fenced("def plus_one(n):\n    return n + 1"), tests) == 1
+    assert passed(fenced("def plus_one(n):\n    return 3"), tests) == 0
+    assert passed(fenced("def other(n):\n    return n + 1"), tests) == 0
+
+
+def test_livecodebenchs_tests_of_methods_and_of_stdin():
+    method = {"input": '[1, 2]\n"x"', "output": "[2, 1]", "testtype": "functional"}
+    packed = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([method])))).decode()
+    row = {
+        "metadata": '{"func_name": "turn"}',
+        "public_test_cases": json.dumps([method]),
+        "private_test_cases": packed,
+    }
+    tests = livecodebench(row)
+    assert len(tests) == 2
+    assert passed(fenced("class Solution:\n    def turn(self, a, b):\n        return a[::-1]"), tests) == 1
+    assert passed(fenced("class Solution:\n    def turn(self, a, b):\n        return a"), tests) == 0
+    stdin = [{"input": "2\n", "output": "4\n", "testtype": "stdin"}]
+    row = {"metadata": "{}", "public_test_cases": json.dumps(stdin), "private_test_cases": "[]"}
+    assert passed(fenced("print(2 * int(input()))"), livecodebench(row)) == 1
+
+
+def test_pickled_objects_are_not_read():
+    packed = base64.b64encode(zlib.compress(pickle.dumps(Counter))).decode()
+    row = {"metadata": "{}", "public_test_cases": "[]", "private_test_cases": packed}
+    with pytest.raises(UnusableRow, match=r"hold an object, collections\.Counter"):
+        livecodebench(row)
