@@ -126,6 +126,8 @@ class EvaluateRun:
     shard: PositiveInt | None = None
     """Prompts that one process claims at a time. Set, any number of processes, on machines that share the folder of
     `output`, may work at once, come and go."""
+    placement: MayChange[PlacementConfig] = Field(default_factory=PlacementConfig)
+    """For launch/job.py: `nodes`, `gpus_per_node`, `gpu_gib` and, without GPUs, `processes`."""
     output: MayChange[PathText | None] = None
     """Write the result to this JSON file, and the samples beside it; killed and started again, the same command
     continues. Unset: the samples are not kept."""

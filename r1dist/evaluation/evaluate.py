@@ -54,7 +54,8 @@ def evaluate(run: EvaluateRun) -> dict:
     """
     set_up_process()
     template = load_template(run.model, run.data.template, run.prompting.prefill)
-    with Pool(verifiers_of((), _sources(run)), run.verify) as pool:
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with Pool(verifiers_of((), _sources(run)), run.verify, share) as pool:
         problems, asked = _read(run, template, pool)
         jobs = {(p.name, mode): _job(run, template, p, mode) for p in problems for mode in run.modes}
         if asked is not None:

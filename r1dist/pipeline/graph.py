@@ -36,6 +36,7 @@ KINDS = {
     "sft": Kind("sft.py", SFTRun, trains=True, rolls_out=False),
     "reward_model": Kind("reward_model.py", RewardModelRun, trains=True, rolls_out=False, answers=False),
     "sample": Kind("sample.py", SampleRun, trains=False, rolls_out=True, answers=False),
+    "evaluate": Kind("evaluate.py", EvaluateRun, trains=False, rolls_out=True, answers=False),
 }
 
 
