@@ -1,7 +1,7 @@
 """A run over all nodes and GPUs that are there: `python launch/job.py grpo --config FILE [--dry_run]`.
 
-The first word is `grpo`, `sft`, `reward_model`, `sample`, `evaluate` or `pipeline`; the others are that launcher's. In a
-SLURM job (launch/slurm/) it uses the job's nodes, and is put back into the queue when its time runs out.
+The first word is `grpo`, `sft`, `reward_model`, `sample`, `evaluate` or `pipeline`; the others are that launcher's. In
+a SLURM job (launch/slurm/) it uses the job's nodes, and is put back into the queue when its time runs out.
 """
 
 import os
