@@ -20,6 +20,7 @@ CHECKSUMS = "checksums.json"  # the last file of a checkpoint: with it, it is wh
 ENDED = "ended.json"  # why a run stopped before its end
 STOP = "stop"  # put there, it asks the run to save and stop, as a signal does
 REFERENCE = "reference.safetensors"  # the reference model, once it was reset
+EVALUATIONS = "evaluations"  # folder: what evaluations during training were answered, a file for each benchmark
 TRACES = "traces"  # folder: a line for each rollout, one file for each rank
 LOGS, SERVERS = "logs", "servers"  # folders that may be there before the run begins
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from .benchmarks import sources_of
+from .benchmarks import Benchmark, entries, sources_of
+from .resumable import MayChange
 from .rewards import STRICT
 from .source import Source
 
@@ -35,4 +36,7 @@ class Data:
     """`chat`: the tokenizer's chat template. `r1_zero`: the report's plain-text template for base models.
     `r1_zero_chat`: the chat template with the report's instruction as the system prompt."""
     decontaminate: Decontaminate | None = None
-    """Drop the rows that share words with test problems. Not for `launch/evaluate.py`, whose rows are the test."""
+    """Drop the rows that share words with test problems."""
+    eval: MayChange[Annotated[list[Benchmark], BeforeValidator(entries)]] = Field(default_factory=list)
+    """What the policy is measured on during training, with `eval_strategy`: as `benchmarks` of an evaluation. Without
+    `samples` each problem is answered once, greedily."""

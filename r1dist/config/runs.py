@@ -59,6 +59,8 @@ class SFTRun(TrainingRun):
     """`launch/sft.py`: supervised fine-tuning on completions."""
 
     data: Data
+    verify: Verify = Field(default_factory=Verify)
+    """For `data.eval`."""
 
 
 @dataclass(config=STRICT, kw_only=True)

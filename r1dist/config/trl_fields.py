@@ -27,6 +27,9 @@ TRL_CLASS = {"GRPORun": "GRPOConfig", "SFTRun": "SFTConfig", "RewardModelRun": "
 MAY_CHANGE = frozenset(
     (
         "dataloader_num_workers",
+        "eval_on_start",
+        "eval_steps",
+        "eval_strategy",
         "gradient_accumulation_steps",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",

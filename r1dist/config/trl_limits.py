@@ -9,7 +9,6 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from .values import PathText, Seed, expanded
 
-EVALUATION = "launch/evaluate.py"
 SHARDS = "shards as only DeepSpeed may here, by the configuration of `accelerate launch`"
 
 
@@ -28,6 +27,7 @@ TYPES: dict[str, Any] = {
     "max_completion_length": PositiveInt,
     "pad_to_multiple_of": PositiveInt | Literal["auto"] | None,
     "save_strategy": Literal["no", "steps", "epoch"],
+    "eval_strategy": Literal["no", "steps", "epoch"],
     "scale_rewards": Literal["group", "batch", "none"],
     "importance_sampling_level": Literal["token", "sequence"],
     "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
@@ -92,17 +92,13 @@ OURS_INSTEAD = {
     "ds3_gather_for_generation": "`rollout.engine: vllm`, which gathers in buckets,",
     "resume_from_checkpoint": "`resume`",
     "remove_unused_columns": "`data.sources`",
-    "eval_strategy": EVALUATION,
-    "eval_steps": EVALUATION,
-    "eval_on_start": EVALUATION,
-    "do_eval": EVALUATION,
-    "do_predict": EVALUATION,
+    "do_eval": "`eval_strategy`",
+    "do_predict": "launch/evaluate.py",
 }
 
 # Fields that break checkpoints or what the run's folder promises -> the values that are fine, and what they would do.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_find_batch_size": ((False,), "changes the batch during the run, and no checkpoint could be resumed"),
-    "load_best_model_at_end": ((False,), "needs an evaluation during training, which there is none of"),
     "ignore_data_skip": ((False,), "would give a resumed run rows again that it had already"),
     "enable_jit_checkpoint": ((False,), "would save beside the checkpoint that a SIGTERM makes anyway"),
     "restore_callback_states_from_checkpoint": ((False,), "would end a resumed run at once, as it ended before"),
@@ -112,6 +108,9 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fsdp": ((None, ""), SHARDS),
     "fsdp_config": ((None, {}), SHARDS),
     "parallelism_config": ((None,), SHARDS),
+}
+UNSUPPORTED_IN_REWARD_MODELS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "eval_strategy": (("no",), "measures policies; `holdout` measures this model, at the end of its training"),
 }
 # Of GRPO alone: our own sampler and loss do not have them.
 UNSUPPORTED_IN_GRPO: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -7,10 +7,13 @@ from .gym import PATH as GYM
 from .gym import check_tasks
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
-from .runs import EvaluateRun, GRPORun, SFTRun, TrainingRun
+from .runs import EvaluateRun, GRPORun, RewardModelRun, SFTRun, TrainingRun
 from .sampling import SampleRun
 from .trl_fields import micro_steps_per_generation, trl_value
-from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
+from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO, UNSUPPORTED_IN_REWARD_MODELS
+
+EVALUATED = ("accuracy", "format", "finished", "mean_tokens")
+"""Scores of an evaluation during training that say which checkpoint is the best."""
 
 
 def validate(run: Any, where: str, processes: int | None = None) -> None:
@@ -32,6 +35,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_supported(run, where)
     else:
         _check_not_trained(run, where)
+    if isinstance(run, GRPORun | SFTRun):
+        _check_training_evaluation(run, where)
     if isinstance(run, SFTRun):
         _check_packing(run, where)
     if not isinstance(run, GRPORun):
@@ -52,6 +57,8 @@ def _check_generators(run: SampleRun) -> None:
     names = [generator.name for generator in run.generators]
     if len(set(names)) < len(names):
         raise UserError("generators: two of them have the same `name`; each needs its own.")
+    if any(generator.data.eval for generator in run.generators):
+        raise UserError("generators: `data.eval` is for training, and nothing is trained here; leave it out.")
     if run.rows is None and any(generator.share < 1 for generator in run.generators):
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
 
@@ -71,6 +78,7 @@ def _check_evaluation(run: EvaluateRun, where: str) -> None:
 def _check_supported(run: TrainingRun, where: str) -> None:
     """Fields of TRL's that would break checkpoints, or that our trainers do without."""
     table = UNSUPPORTED | (UNSUPPORTED_IN_GRPO if isinstance(run, GRPORun) else {})
+    table |= UNSUPPORTED_IN_REWARD_MODELS if isinstance(run, RewardModelRun) else {}
     for name, (allowed, why) in table.items():
         if name in run.trl and run.trl[name] not in allowed:
             raise UserError(f"{where}: `{name}` is not supported: it {why}. Leave it out.")
@@ -78,6 +86,25 @@ def _check_supported(run: TrainingRun, where: str) -> None:
         raise UserError(
             f"{where}: `save_only_model` leaves checkpoints without the optimizer, which `resume` needs; leave one of "
             "them out."
+        )
+
+
+def _check_training_evaluation(run: GRPORun | SFTRun, where: str) -> None:
+    evaluates, best = trl_value(run, "eval_strategy") != "no", trl_value(run, "metric_for_best_model")
+    if evaluates != bool(run.data.eval):
+        raise UserError(
+            f"{where}: `eval_strategy` says when to measure the policy, `data.eval` on what; set both or none."
+        )
+    scores = [f"{benchmark.name}/{score}" for benchmark in run.data.eval for score in EVALUATED]
+    if best is not None and best.removeprefix("eval_") not in scores:
+        known = f"there are {', '.join(scores)}" if scores else "without `data.eval` there is none"
+        raise UserError(f"{where}: `metric_for_best_model`: no evaluation during training has `{best}`; {known}.")
+    if best is None and trl_value(run, "load_best_model_at_end"):
+        raise UserError(f"{where}: `load_best_model_at_end` needs a `metric_for_best_model`, {' or '.join(scores)}.")
+    if evaluates and isinstance(run, GRPORun) and run.rollout.max_staleness:
+        raise UserError(
+            f"{where}: with `rollout.max_staleness` {run.rollout.max_staleness} the servers never stop to be given "
+            "the weights that `eval_strategy` would measure.\nSet one of them to its default."
         )
 
 

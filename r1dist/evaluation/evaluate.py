@@ -6,17 +6,16 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset
 
-from ..config import Data, EvaluateRun, Prompting, Source
+from ..config import EvaluateRun, Source
 from ..config.loader import as_tree
-from ..data.prompts import prompt_dataset
 from ..data.templates import Template, load_template
-from ..errors import RunStopped, UserError, VerifiersBroken
+from ..errors import RunStopped, VerifiersBroken
 from ..files import RUN_FILE, lock_run_dir, read_lines, samples_folder, sha256, write_json, write_run_file
 from ..generation.engine import RolloutsLost, Sampling
 from ..generation.inference import fixed_engine
@@ -24,26 +23,17 @@ from ..generation.vllm.limits import Demand
 from ..generation.vllm.start import check_servers
 from ..models import load_model_config, model_path
 from ..rewards import verifiers_of
-from ..rewards.golds import check_answers
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.resume import check_same, data_digests
 from ..sampling.draw import SamplingJob, draw
 from ..sampling.shards import shards
+from .problems import ProblemReader, Problems
 from .requests import request_dataset, score_replies
 from .scores import measures, scores_of
 
 OWN, REQUESTS = "data", "requests"
 """What the problems of `data.sources`, and general requests, are called in the names of journals."""
-
-
-@dataclass(frozen=True)
-class Problems:
-    """Rows that are asked and scored together."""
-
-    name: str
-    rows: Dataset
-    samples: int
 
 
 def evaluate(run: EvaluateRun) -> dict:
@@ -83,24 +73,10 @@ def _sources(run: EvaluateRun) -> list[Source]:
 def _read(run: EvaluateRun, template: Template, pool: Pool) -> tuple[list[Problems], Dataset | None]:
     """All that is asked: problems, and requests if there are any. Raises `UserError` for what cannot be scored."""
     context = load_model_config(run.model).max_position_embeddings
-
-    def rows_of(sources: list[Source], prompting: Prompting, field: str) -> Dataset:
-        data = Data(sources=sources, template=run.data.template)
-        rows = prompt_dataset(data, template, context, run.sampling.max_tokens, prompting)
-        check_answers(rows, pool, field)
-        return rows
-
-    problems = []
+    reader = ProblemReader(run.data.template, template, run.prompting, context, run.sampling.max_tokens, pool)
+    problems = reader.benchmarks(run.benchmarks, "benchmarks")
     if run.data.sources:
-        rows = rows_of(run.data.sources, run.prompting, "data.sources")
-        problems.append(Problems(OWN, rows, run.sampling.samples))
-    for number, benchmark in enumerate(run.benchmarks):
-        prompting = replace(run.prompting, instruction=run.prompting.instruction or benchmark.instruction)
-        try:
-            rows = rows_of(benchmark.sources, prompting, f"benchmarks.{number}.sources")
-        except UserError as error:
-            raise UserError(f"benchmark {benchmark.name}: {error}") from error
-        problems.append(Problems(benchmark.name, rows, benchmark.samples))
+        problems.insert(0, Problems(OWN, reader.read(run.data.sources, "data.sources"), run.sampling.samples))
     return problems, None if run.requests is None else request_dataset(run, template, context)
 
 

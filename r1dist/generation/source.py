@@ -1,6 +1,7 @@
 """Complete generations, made when they are needed or ahead of the training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
@@ -58,6 +59,17 @@ class GenerationSource:
         generation.arriving = self.engine.stream(generation.requests, self.sampling)
         self._collect(generation)
         return generation
+
+    @contextmanager
+    def with_weights(self, step: int) -> Iterator[Any]:
+        """The engine with the policy's weights of optimizer step `step`, to ask for other rollouts. A collective.
+
+        Not for a source with `max_staleness`.
+        """
+        if self._synced != step:
+            self._sync(step)
+        yield self.engine
+        self.engine.end_generation()
 
     def poll(self, current: int) -> None:
         """Receive what has arrived of the generations after `current`."""

@@ -14,6 +14,7 @@ from ..config.trl_fields import trl_value
 from ..data.prompts import prompt_dataset
 from ..data.templates import Template, load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
+from ..evaluation.training import TrainingEvaluation, evaluation_sources, training_evaluation
 from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
 from ..generation.trainer_engines import local_engine, server_engine, training_servers
@@ -41,7 +42,7 @@ def train(run: GRPORun) -> None:
     """Train from `run.model` and save the policy into `output_dir`."""
     set_up_process(use_cpu=run.trl.get("use_cpu", False))
     check_lora(run.model)
-    verifiers = verifiers_of(run.rewards, run.data.sources)
+    verifiers = verifiers_of(run.rewards, [*run.data.sources, *evaluation_sources(run.data)])
     with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
         _train(run, pool)
 
@@ -58,14 +59,16 @@ def _train(run: GRPORun, pool: Pool) -> None:
     arguments = grpo_arguments(run)
     check_rows(run, len(dataset))
     dtype = computing_dtype(arguments, run.model.dtype)
+    evaluation = training_evaluation(run, template, pool, arguments.process_index, arguments.world_size)
     rewards = Rewards(run.rewards, pool, dataset, dtype)
-    servers = training_servers(run, dtype, template, dataset["prompt_ids"], arguments.process_index)
+    prompts = [*dataset["prompt_ids"], *(evaluation.longest if evaluation else [])]
+    servers = training_servers(run, dtype, template, prompts, arguments.process_index)
     with run_folder(run, "grpo", contaminated) as checkpoint, servers:
-        trainer = build_trainer(run, arguments, template, dataset, rewards)
+        trainer = build_trainer(run, arguments, template, dataset, rewards, evaluation)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except (RolloutsLost, VerifiersBroken) as error:
-            raise RunStopped(f"{error}\n{save_before_stopping(trainer)}") from error
+            raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
         finally:
             trainer.close()
         save_trained(trainer, run.model)
@@ -76,6 +79,8 @@ def _train(run: GRPORun, pool: Pool) -> None:
 def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
     """TRL's configuration of `run`, with what our own sections decide."""
     values = hardware_defaults(run.trl, run.model.dtype)
+    # TRL's own evaluation, which is not used, wants whole groups.
+    values["per_device_eval_batch_size"] = trl_value(run, "num_generations")
     loading = model_init_kwargs(run.model, values)
     if loading["attn_implementation"] == "sdpa" and can_share(load_model_config(run.model)):
         loading["attn_implementation"] = SHARED_PROMPTS
@@ -83,8 +88,9 @@ def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
 
 
 def build_trainer(
-    run: GRPORun, arguments: trl.GRPOConfig, template: Template, dataset: Dataset, rewards: Rewards
-) -> GRPOTrainer:
+    run: GRPORun, arguments: trl.GRPOConfig, template: Template, dataset: Dataset, rewards: Rewards,
+    evaluation: TrainingEvaluation | None = None,
+) -> GRPOTrainer:  # fmt: skip
     """The trainer of `run`, ready to train. Raises `UserError` for what this machine cannot do."""
     if run.train.activation_offload and not torch.cuda.is_available():
         raise UserError("train.activation_offload saves a GPU's memory, and there is no GPU here. Leave it out.")
@@ -101,18 +107,14 @@ def build_trainer(
         settings=run.train,
         max_staleness=run.rollout.max_staleness,
         traces=TraceWriter(arguments.output_dir, arguments.process_index),
+        evaluation=evaluation,
         model=weights_path(run.model),
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=dataset.select([0])
+        if evaluation
+        else None,  # transformers asks for one; `evaluation` has its own
         peft_config=lora_config(run.model.lora),
     )
     show_progress(trainer, COLUMNS)
     return trainer
-
-
-def save_before_stopping(trainer: GRPOTrainer) -> str:
-    """Save a checkpoint, unless no step was finished; returns where it is."""
-    if (step := trainer.state.global_step) == 0:
-        return "No step was finished, so there is nothing to save."
-    trainer.save_step_start()
-    return f"Step {step} is saved in {trainer.args.output_dir}; --resume continues from there."

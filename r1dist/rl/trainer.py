@@ -21,6 +21,7 @@ from ..config import TrainRL
 from ..data.curriculum import filter_by_pass_rate, pass_rates
 from ..data.order import PromptOrder
 from ..data.templates import Template
+from ..evaluation.training import TrainingEvaluation
 from ..generation.engine import Engine
 from ..generation.local import InProcessEngine
 from ..generation.traces import TraceWriter
@@ -50,18 +51,20 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         settings: The YAML's `train`.
         max_staleness: The YAML's `rollout.max_staleness`.
         traces: Where rollouts are written; None writes none.
+        evaluation: What `eval_strategy` measures; None: nothing.
         **kwargs: `trl.GRPOTrainer`'s own arguments.
     """
 
     def __init__(
         self, *, make_engine: Callable[["GRPOTrainer"], Engine], rewards: Rewards, template: Template,
-        settings: TrainRL, max_staleness: int = 0, traces: TraceWriter | None = None, **kwargs,
+        settings: TrainRL, max_staleness: int = 0, traces: TraceWriter | None = None,
+        evaluation: TrainingEvaluation | None = None, **kwargs,
     ):  # fmt: skip
         # TRL wants reward functions; what would call them is not used.
         kwargs |= {"reward_funcs": [rewards.score], "processing_class": template.tokenizer}
         super().__init__(stall_timeout=settings.stall_timeout, **kwargs)
         self.rewards, self.template, self.settings = rewards, template, settings
-        self.max_staleness, self.traces = max_staleness, traces
+        self.max_staleness, self.traces, self.evaluation = max_staleness, traces, evaluation
         self.clock, self.step_metrics = PhaseClock(), StepMetrics()
         self.engine = make_engine(self)
         self.offload = get_act_offloading_ctx_manager(self.model) if settings.activation_offload else nullcontext()
@@ -201,6 +204,11 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
     def log_value(self, name: str, value: float) -> None:
         """TRL logs the mean of the values since the last log line."""
         self._metrics["train"][name].append(value)
+
+    def measure_policy(self) -> dict[str, float]:
+        step = self.state.global_step
+        with self.clock.phase("evaluate"), self.pipeline.source.with_weights(step) as engine:
+            return self.evaluation.measure(engine, step, self.watchdog.heartbeat)
 
     def end_step(self) -> None:
         """A collective."""

@@ -79,6 +79,25 @@ class ResumableTrainer(Trainer):
     def begin_epoch(self, epoch: int) -> None:
         """Called before an epoch's first micro-step. Every rank calls it."""
 
+    def measure_policy(self) -> dict[str, float]:
+        """`eval_<name>/<score>` of the policy as it is. Every rank calls it."""
+        raise NotImplementedError
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Log what `measure_policy` finds. Training goes on as if it had not been called. A collective."""
+        # Of a run that is resumed after it, with `eval_on_start`.
+        for line in self.state.log_history:
+            if line["step"] == self.state.global_step and any(name.startswith("eval_") for name in line):
+                return line
+        self.mark_step_start()  # should there be nobody to generate, this state is saved
+        self.model.eval()
+        metrics = self.measure_policy()
+        self.model.train()
+        _set_random_states(self._step_start.random_states)
+        Trainer.log(self, metrics)  # TRL's would take what it has collected of the next step for this one's
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def end_step(self) -> None:
         """Called after each optimizer step, before it is logged and saved. Every rank calls it."""
 
@@ -161,9 +180,18 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             self.save_shared(staged)
             write_json(staged / STATE, self._description(state))
-            self._finishing = self._finisher.submit(finish, staged, checkpoint, self.args.save_total_limit)
+            limit, best = self.args.save_total_limit, self.state.best_global_step
+            self._finishing = self._finisher.submit(finish, staged, checkpoint, limit, best)
         self.watchdog.heartbeat()
         self._save_seconds = time.monotonic() - began
+
+    def _load_best_model(self) -> None:
+        self.finish_saving()
+        best = f"checkpoint-{self.state.best_global_step}"
+        # What transformers remembers is the folder in which it was staged.
+        self.state.best_model_checkpoint = os.path.join(self.args.output_dir, best)
+        self.accelerator.wait_for_everyone()
+        super()._load_best_model()
 
     def _rank_state(self) -> "_RankState":
         return _RankState(_random_states(), self.state_dict(), self.in_generation())
@@ -189,6 +217,13 @@ class ResumableTrainer(Trainer):
         self._save_checkpoint(self.model, trial=None)
         self.finish_saving()
         self.accelerator.wait_for_everyone()  # once one has ended, their launcher ends the others
+
+    def save_before_stopping(self) -> str:
+        """`save_step_start`, unless no step was finished; returns where it is, in a sentence."""
+        if (step := self.state.global_step) == 0:
+            return "No step was finished, so there is nothing to save."
+        self.save_step_start()
+        return f"Step {step} is saved in {self.args.output_dir}; --resume continues from there."
 
     def _interrupted(self) -> Interrupted:
         step = self.state.global_step
@@ -226,8 +261,11 @@ class _StepCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def finish(staged: Path, checkpoint: Path, limit: int | None) -> None:
-    """Sync `staged` to the disk with the checksums of its files, rename it, and delete all but the newest `limit`."""
+def finish(staged: Path, checkpoint: Path, limit: int | None, best: int | None = None) -> None:
+    """Sync `staged` to the disk with the checksums of its files, and rename it.
+
+    All but the newest `limit` and that of the step `best` are deleted.
+    """
     checksums = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         _sync(path)
@@ -240,8 +278,9 @@ def finish(staged: Path, checkpoint: Path, limit: int | None) -> None:
     _sync(checkpoint.parent)
     if limit is not None:
         for old in sorted(checkpoints(checkpoint.parent), key=step_of)[:-limit]:
-            # Renamed first: a half deleted checkpoint must not look complete.
-            shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")))
+            if step_of(old) != best:
+                # Renamed first: a half deleted checkpoint must not look complete.
+                shutil.rmtree(old.rename(old.with_name(f".old-{old.name}")))
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -1,12 +1,16 @@
 """One line a step in the terminal, and every logged number in `metrics.jsonl`."""
 
 import json
+import re
 import time
 from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..files import METRICS
+
+EVALUATED = re.compile(r"^eval_")
+MEASURED = re.compile(r"eval/.*/accuracy")
 
 
 class StepLine(TrainerCallback):
@@ -26,9 +30,11 @@ class StepLine(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
+        logs = {EVALUATED.sub("eval/", name): value for name, value in logs.items()}  # as trackers are given them
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        shown = [f"{name} {logs[key]:.3g}" for name, key in self.columns.items() if logs.get(key) is not None]
+        columns = self.columns | {name: name for name in logs if MEASURED.fullmatch(name)}
+        shown = [f"{name} {logs[key]:.3g}" for name, key in columns.items() if logs.get(key) is not None]
         if not shown:
             return
         start, first = self.began

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..config.tree import changed_on_resume, differences, flat, may_change
 from ..errors import UserError
-from ..files import METRICS, RUN_FILE, TRACES, sha256
+from ..files import EVALUATIONS, METRICS, RUN_FILE, TRACES, sha256
 from .checkpoints import STAGING, damage, read_state, step_of
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,8 @@ def _choose(folder: Path, batch: dict[str, int]) -> str | None:
         elif chosen is None:
             shutil.rmtree(checkpoint)  # newer than the one that the run resumes from
     step = 0 if chosen is None else step_of(chosen)
+    for answers in (folder / EVALUATIONS).glob("*.jsonl"):
+        _keep_lines(answers, lambda line: line["step"] <= step)
     _keep_lines(folder / METRICS, lambda line: line["step"] <= step and "train_runtime" not in line)
     if chosen is None or read_state(chosen)["processes"] != PartialState().num_processes:
         for trace in (folder / TRACES).glob("*.jsonl"):

@@ -6,7 +6,7 @@ at any moment and started again, it continues with the missing prompts.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,23 +68,26 @@ def draw(
         logger.info("%s: %d of %d prompts to go", shard.journal.stem, len(asked) - len(done), len(asked))
         total = (len(asked) - len(done)) * job.samples
         with tqdm(total=total, desc=job.name, unit="sample", leave=False) as progress:
-            for line in lines(job, asked, rollout, engine(), pool, done):
-                append_lines(shard.journal, [line])
-                progress.update(job.samples)
+            for batch in _batches(asked, job.samples, rollout, done):
+                for line in lines_of(job, batch, engine(), pool, done):
+                    append_lines(shard.journal, [line])
+                    progress.update(job.samples)
     return [shard.journal for shard in parts]
 
 
-def lines(
-    job: SamplingJob, prompts: Dataset, rollout: RolloutSettings, engine: Engine, pool: Pool, done: set[int]
+def lines_of(
+    job: SamplingJob, rows: Sequence[dict], engine: Engine, pool: Pool, done: Container[int] = ()
 ) -> Iterator[dict]:
-    """A line of the journal for each of `prompts` that is not `done`, when its last sample is verified."""
-    for batch in _batches(prompts, job.samples, rollout, done):
-        rows = {row["prompt_id"]: row for row in batch}
-        requests = [request for row in batch for request in job.requests(row)]
-        for rollouts in _groups(engine.stream(requests, job.sampling), job.samples):
-            row = rows[rollouts[0].request.prompt_id]
-            if row["prompt_id"] not in done:
-                yield _line(job, row, rollouts, pool)
+    """A line of the journal for each of `rows` that is not `done`, when its last sample is verified.
+
+    All of `rows` are asked at once.
+    """
+    by_id = {row["prompt_id"]: row for row in rows}
+    requests = [request for row in rows for request in job.requests(row)]
+    for rollouts in _groups(engine.stream(requests, job.sampling), job.samples):
+        row = by_id[rollouts[0].request.prompt_id]
+        if row["prompt_id"] not in done:
+            yield _line(job, row, rollouts, pool)
 
 
 def _batches(prompts: Dataset, samples: int, rollout: RolloutSettings, done: set[int]) -> Iterator[list[dict]]:

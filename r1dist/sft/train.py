@@ -1,6 +1,8 @@
 """SFT on completions: TRL's trainer, packed, with over-long rows dropped before packing could cut them."""
 
 import logging
+import os
+from contextlib import nullcontext
 
 import torch
 import trl
@@ -10,8 +12,13 @@ from ..adapters import lora_config, save_trained
 from ..config import SFTRun
 from ..config.trl_fields import trl_value
 from ..data.prompts import completion_dataset
-from ..data.templates import load_template
+from ..data.templates import Template, load_template
+from ..errors import RunStopped, VerifiersBroken
+from ..evaluation.training import TrainingEvaluation, evaluation_sources, training_evaluation
+from ..generation.trainer_engines import local_engine
 from ..models import INSTALL_VARLEN, check_lora, model_init_kwargs, weights_path
+from ..rewards import verifiers_of
+from ..rewards.pool import Pool
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
 from ..run.progress import show_progress
@@ -27,12 +34,33 @@ PACKED_TOGETHER = 1000  # rows: the batches of `datasets.map`, by which TRL pack
 
 
 class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
-    """TRL's, which can be stopped anywhere and resumed."""
+    """TRL's, which can be stopped anywhere and resumed.
+
+    Args:
+        evaluation: What `eval_strategy` measures, `per_device_eval_batch_size` rollouts at a time; None: nothing.
+        template: Of its prompts.
+        **kwargs: `ResumableTrainer`'s and `trl.SFTTrainer`'s arguments.
+    """
+
+    def __init__(self, *, evaluation: TrainingEvaluation | None, template: Template, **kwargs):
+        super().__init__(**kwargs)
+        self.evaluation, self.template = evaluation, template
+
+    def measure_policy(self) -> dict[str, float]:
+        engine = local_engine(self.args.per_device_eval_batch_size, self)
+        return self.evaluation.measure(engine, self.state.global_step, self.watchdog.heartbeat)
 
 
 def train(run: SFTRun) -> None:
     """Fine-tune `run.model` and save it into `output_dir`."""
     set_up_process(use_cpu=run.trl.get("use_cpu", False))
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    verifiers = verifiers_of((), evaluation_sources(run.data))
+    with Pool(verifiers, run.verify, share) if run.data.eval else nullcontext() as pool:
+        _train(run, pool)
+
+
+def _train(run: SFTRun, pool: Pool | None) -> None:
     template = load_template(run.model, run.data.template)
     check_lora(run.model)
     contaminated: list[dict] = []
@@ -42,30 +70,46 @@ def train(run: SFTRun) -> None:
     kwargs = model_init_kwargs(run.model, values)
     arguments = trl_arguments(trl.SFTConfig, **values, model_init_kwargs=kwargs)
     if arguments.packing:
-        warn_of_masks(kwargs["attn_implementation"])
+        warn_of_masks(kwargs["attn_implementation"], arguments.per_device_train_batch_size)
     counts = arguments.packing and arguments.dataloader_drop_last
     check_rows(run, len(dataset), packed_blocks(dataset["length"], arguments) if counts else None)
+    evaluation = training_evaluation(run, template, pool, arguments.process_index, arguments.world_size)
     with run_folder(run, "sft", contaminated) as checkpoint:
         trainer = SFTTrainer(
+            evaluation=evaluation,
+            template=template,
             model=weights,
             args=arguments,
             train_dataset=dataset.remove_columns("length"),
+            # transformers asks for one; `evaluation` has its own.
+            eval_dataset=dataset.remove_columns("length").select([0]) if evaluation else None,
             processing_class=template.tokenizer,
             peft_config=lora_config(run.model.lora),
             stall_timeout=run.train.stall_timeout,
         )
         show_progress(trainer, COLUMNS)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except VerifiersBroken as error:
+            raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
         save_trained(trainer, run.model)
         trainer.accelerator.end_training()  # as in grpo.py
 
 
-def warn_of_masks(kernel: str) -> None:
-    """Log what mends it where packing on a GPU needs masks: only a varlen kernel tells rows apart without."""
-    if torch.cuda.is_available() and "flash" not in kernel:
+def warn_of_masks(kernel: str, blocks: int) -> None:
+    """Log what mends it where packing needs masks: only a varlen kernel tells rows apart without.
+
+    TRL makes one sequence of the blocks of a forward, whose mask and attention have the square of its length.
+    """
+    if "flash" in kernel:
+        return
+    if torch.cuda.is_available():
+        logger.warning("packing with %s is slower than with flash attention. %s adds that", kernel, INSTALL_VARLEN)
+    if blocks > 1:
         logger.warning(
-            "packing with %s: each block of `max_length` tokens has a mask with their square, which is slower than "
-            "flash attention. %s adds that", kernel, INSTALL_VARLEN,
+            "packing with %s: the mask of a forward has the square of its tokens. `per_device_train_batch_size: 1` "
+            "with %d times the `gradient_accumulation_steps` is the same step, faster and in less memory",
+            kernel, blocks,
         )  # fmt: skip
 
 

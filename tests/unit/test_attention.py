@@ -80,12 +80,12 @@ def test_what_transformers_has_itself_is_there():
 
 
 def test_packing_without_a_varlen_kernel_says_what_mends_it(gpu, caplog):
-    warn_of_masks("sdpa")  # nothing can be mended without a GPU
+    warn_of_masks("sdpa", 1)  # nothing can be mended without a GPU
     gpu()
-    warn_of_masks(HUB)
+    warn_of_masks(HUB, 8)
     assert not caplog.records
-    warn_of_masks("sdpa")
-    assert "`make setup GPU=1`" in caplog.text
+    warn_of_masks("sdpa", 8)
+    assert "`make setup GPU=1`" in caplog.text and "with 8 times the `gradient_accumulation_steps`" in caplog.text
 
 
 def test_masks_are_counted_unless_the_kernel_needs_none(gpu, installed):

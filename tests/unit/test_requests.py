@@ -8,7 +8,7 @@ from r1dist.config import EvaluateRun, Model, Requests, Source
 from r1dist.errors import UserError
 from r1dist.evaluation.requests import request_dataset, score_replies
 from r1dist.generation.engine import Rollout, Sampling
-from r1dist.sampling.draw import SamplingJob, lines
+from r1dist.sampling.draw import SamplingJob, lines_of
 from r1dist.tiny import talk
 
 
@@ -62,7 +62,7 @@ def test_replies_are_counted_as_what_they_are(template):
     run = EvaluateRun(model=Model(path="tiny"), requests=Requests(sources=sources))
     asked = request_dataset(run, template, 2048)
     job = SamplingJob("requests", asked, template, Sampling(64, temperature=0), 1, 0, verified=False)
-    said = list(lines(job, asked, run.rollout, Says(template.tokenizer, replies), None, set()))
+    said = list(lines_of(job, list(asked), Says(template.tokenizer, replies), None))
     scores = score_replies(run, asked, said)
     assert (scores.requests, scores.answered, scores.declined) == (6, 1 / 4, 1 / 2)
     assert scores.as_reference == pytest.approx(1 / 6)

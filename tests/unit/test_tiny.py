@@ -21,7 +21,7 @@ from r1dist.evaluation.scores import measures, scores_of
 from r1dist.generation.engine import Sampling
 from r1dist.generation.local import load_engine
 from r1dist.rewards.language import language_share
-from r1dist.sampling.draw import SamplingJob, lines
+from r1dist.sampling.draw import SamplingJob, lines_of
 from r1dist.tiny import EMBEDDED, talk
 from r1dist.tiny.problems import Problem, generate
 from r1dist.tiny.worked import rows
@@ -111,7 +111,7 @@ def scores(template, pool):
 def scored(run, template, prompts, sampling, samples, engine, pool):
     measure = functools.partial(measures, target="en")
     job = SamplingJob("base", prompts, template, sampling, samples, seed=0, measure=measure)
-    return scores_of(list(lines(job, prompts, run.rollout, engine, pool, set())), pool)
+    return scores_of(list(lines_of(job, list(prompts), engine, pool)), pool)
 
 
 def test_asked_the_base_mostly_answers_at_once_and_is_mostly_wrong(scores):

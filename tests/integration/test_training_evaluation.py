@@ -1,0 +1,86 @@
+"""Evaluation during training: it is logged, and training goes on as if it had not been there."""
+
+import shutil
+
+import pytest
+from conftest import SMALL_GRPO, launch, metrics, write_yaml
+from small_runs import COMMON
+
+from r1dist.files import read_lines
+
+SOURCE = {"path": "tiny", "split": "test", "limit": 5}
+PROBLEMS = [{"name": "greedy", "sources": [SOURCE]}, {"name": "sampled", "sources": [SOURCE], "samples": 2}]
+EVERY_OTHER = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+GRPO = {**SMALL_GRPO, "max_steps": 4, "max_completion_length": 24, "save_strategy": "steps", "save_steps": 1}
+GRPO |= {"per_device_train_batch_size": 16}
+SFT = {**COMMON, "data": {"sources": [{"path": "tiny_talk", "limit": 64}], "template": "chat"}, "max_steps": 4}
+
+
+def trained(folder, script, tree, processes=1, evaluates=True, **fields):
+    tree = {**tree, "output_dir": str(folder / "run"), **fields}
+    if evaluates:
+        tree = {**tree, **EVERY_OTHER, "data": {**tree["data"], "eval": PROBLEMS}}
+    config = "configs/accelerate/cpu.yaml" if processes == 1 else "configs/accelerate/zero3_cpu.yaml"
+    folder.mkdir(exist_ok=True)
+    done = launch(script, "--config", write_yaml(folder / "run.yaml", tree), accelerate=("--config_file", config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+def weights(run) -> bytes:
+    return (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("script", "tree"), [("grpo.py", GRPO), ("sft.py", SFT)], ids=["grpo", "sft"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_weights_are_those_without_it(tmp_path, script, tree, processes):
+    rows = tree["per_device_train_batch_size"] // processes
+    tree = {**tree, "per_device_train_batch_size": rows}
+    without = trained(tmp_path / "without", script, tree, processes, evaluates=False)
+    run = trained(tmp_path / "with", script, tree, processes)
+    assert weights(run) == weights(without)
+    lines = [line for line in metrics(run) if "eval/greedy/accuracy" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert lines[0]["eval/sampled/pass_at_2"] >= lines[0]["eval/sampled/accuracy"]
+    assert lines[0]["eval/greedy/accuracy_low"] <= lines[0]["eval/greedy/accuracy"]
+    answers = list(read_lines(run / "evaluations" / "sampled.jsonl"))
+    assert [(line["step"], line["prompt_id"]) for line in answers] == [(s, p) for s in (0, 2, 4) for p in range(5)]
+    losses = [[line["loss"] for line in metrics(of) if "loss" in line] for of in (run, without)]
+    assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_a_resumed_run_has_each_evaluation_once(tmp_path):
+    run = trained(tmp_path, "grpo.py", GRPO, save_total_limit=4)
+    whole, logged = weights(run), [line for line in metrics(run) if "eval/greedy/accuracy" in line]
+    answers = (run / "evaluations" / "greedy.jsonl").read_text()
+    for newer in ("checkpoint-3", "checkpoint-4"):  # of those that are kept
+        shutil.rmtree(run / newer)
+    run = trained(tmp_path, "grpo.py", GRPO, resume="auto", save_total_limit=4)
+    assert weights(run) == whole
+    again = [line for line in metrics(run) if "eval/greedy/accuracy" in line]
+    assert again == logged and (run / "evaluations" / "greedy.jsonl").read_text() == answers
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
+    best = {"metric_for_best_model": "greedy/mean_tokens", "load_best_model_at_end": True, "save_total_limit": 1}
+    run = trained(tmp_path, "sft.py", {**SFT, "max_steps": 6}, save_steps=2, greater_is_better=False, **best)
+    lengths = {
+        line["step"]: line["eval/greedy/mean_tokens"] for line in metrics(run) if "eval/greedy/accuracy" in line
+    }
+    del lengths[0]  # where nothing is saved
+    step = min(lengths, key=lengths.get)
+    assert (run / f"checkpoint-{step}").exists() and (run / "checkpoint-6").exists()
+    assert weights(run) == (run / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ({"eval_strategy": "steps"}, "`data.eval` on what; set both or none"),
+        ({"metric_for_best_model": "gsm8k/accuracy"}, "without `data.eval` there is none"),
+    ],
+)
+def test_what_would_never_be_measured_is_refused(tmp_path, fields, refusal):
+    config = write_yaml(tmp_path / "run.yaml", {**SFT, "output_dir": str(tmp_path / "run"), **fields})
+    done = launch("sft.py", "--config", config)
+    assert done.returncode == 2 and refusal in done.stderr and not (tmp_path / "run").exists()
