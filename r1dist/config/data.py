@@ -51,6 +51,9 @@ class Source:
     """Column with a program's tests (reward `code`), a list or its JSON: `{stdin, stdout}` or `{call, returns}`."""
     language: str | None = None
     """Column with the language of the program, `python` or `cpp`."""
+    entry: str | None = None
+    """Column with the task's own item, in a file that `launch/sample.py` made of `reasoning_gym`'s prompts. Scorers
+    may run a part of it as code: never name a column of a file from elsewhere."""
     system: str | None = None
     """Column with a system prompt. Ignored for the templates that bring their own."""
     kind: str = "math"

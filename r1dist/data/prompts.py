@@ -33,7 +33,7 @@ def prompt_dataset(
         made = {"prompt": prompt, "prompt_id": index, "prompt_ids": ids, "prompt_length": len(ids)}
         return {**made, "refusal": refusal}
 
-    rows = _usable(mapped(rows, convert, with_indices=True, remove_columns=["system"]))
+    rows = _usable(mapped(rows, convert, with_indices=True))
     if examples and not template.holds(rows[0]["prompt"], [completion for _, completion in examples]):
         raise UserError(
             f"prompting.examples: the chat template of {template.model} drops a part of earlier replies, so that the "

@@ -19,6 +19,7 @@ from ..config import Source
 from ..config.gym import PATH as GYM
 from ..errors import UserError
 from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
+from .gym import checked_entry
 from .mapping import mapped
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
@@ -118,7 +119,8 @@ def _with_columns(source: Source) -> Source:
     """The generated sources' columns need not be named: they are ours."""
     if source.path not in GENERATED:
         return source
-    ours = ("problem", "answer", "completion", "chosen", "rejected", "label")
+    ours = ["problem", "answer", "completion", "chosen", "rejected", "label"]
+    ours += ["entry"] if source.path == GYM else []
     return replace(source, **{name: name for name in ours})
 
 
@@ -141,7 +143,7 @@ def _problems(source: Source) -> Dataset:
     columns = {"problem": source.problem, "answer": source.answer}
     if source.answer is None and source.kind != "math":
         del columns["answer"]
-    further = ("tests", "language", "system")
+    further = ("tests", "language", "system", "entry")
     columns |= {field: named for field in further if (named := getattr(source, field)) is not None}
     require_columns(source, raw, columns)
     listed = source.answer is not None and holds_lists(raw, source.answer)
@@ -156,7 +158,8 @@ def _problems(source: Source) -> Dataset:
     def convert(row: dict) -> dict:
         system, earlier, problem = _asked(source, row)
         gold = answer(row)
-        entry = row["entry"] if source.path == GYM else None
+        entry = value_of(row, source.entry) if source.entry else None
+        entry = entry if source.path == GYM else checked_entry(entry)
         if gold is None and source.kind == "math" and entry is None:
             raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
         tests = value_of(row, source.tests) if source.tests else None

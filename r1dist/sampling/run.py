@@ -24,6 +24,7 @@ from ..run.process import set_up_process
 from ..run.resume import check_same, data_digests
 from .draw import check_servers_of, draw, generator_prompts, generator_template
 from .select import Tally, filters_text, mixed, select
+from .select_prompts import PromptTally, select_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def sample(run: SampleRun) -> dict:
                 except (RolloutsLost, VerifiersBroken) as error:
                     raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
             with _turn(run, folder):
-                return _chosen_by_another(run, folder) or _choose(run, folder, journals)
+                return _chosen_by_another(run, folder) or _choose(run, folder, journals, asked)
 
 
 def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
@@ -65,7 +66,7 @@ def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
     asked = []
     for number, generator in enumerate(run.generators):
         template = generator_template(generator)
-        if run.filters.format:
+        if run.filters.format and run.pass_rate is None:
             template.require_thoughts("filters.format keeps replies that think")
         asked.append(generator_prompts(generator, template))
         if run.filters.correct:
@@ -107,16 +108,22 @@ def _settings(run: SampleRun) -> str:
     return hashlib.sha256(json.dumps([tree, data_digests(tree)], sort_keys=True).encode()).hexdigest()
 
 
-def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> dict:
-    tallies = {generator.name: Tally() for generator in run.generators}
+def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]], asked: list[Dataset]) -> dict:
+    keeps_prompts = run.pass_rate is not None
+    tallies = {generator.name: PromptTally() if keeps_prompts else Tally() for generator in run.generators}
+    what, field = ("prompt", "pass_rate") if keeps_prompts else ("sample", "filters")
     further: dict[str, int] = {}
 
     def rows() -> Iterator[dict]:
         seen: set[str] = set()
-        for generator in run.generators:
-            yield from select(run, generator, journals[generator.name], seen, tallies[generator.name])
+        for generator, prompts in zip(run.generators, asked, strict=True):
+            drawn, tally = journals[generator.name], tallies[generator.name]
+            if keeps_prompts:
+                yield from select_prompts(run, generator, drawn, prompts, seen, tally)
+            else:
+                yield from select(run, generator, drawn, seen, tally)
         if not any(tally.kept for tally in tallies.values()):
-            raise UserError(f"filters: no sample is left. {filters_text(tallies)}.")
+            raise UserError(f"{field}: no {what} is left. {filters_text(tallies, what)}.")
         for row in mixed(run):
             further[row["source"]] = further.get(row["source"], 0) + 1
             yield row
@@ -134,5 +141,5 @@ def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> di
     }
     write_json(folder / REPORT, report)
     os.replace(partial, folder / ROWS)
-    logger.info("%d rows in %s; %s", report["rows"], folder / ROWS, filters_text(tallies))
+    logger.info("%d rows in %s; %s", report["rows"], folder / ROWS, filters_text(tallies, what))
     return report
