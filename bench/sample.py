@@ -42,7 +42,7 @@ def main() -> None:
     )
     run = SampleRun(output_dir="unused", generators=[generator], rollout=Rollout(engine="vllm"))
     template = generator_template(generator)
-    prompts = generator_prompts(generator, template)
+    prompts = generator_prompts(run, generator, template)
     requests = requests_of(run, 0, prompts)
     rates: dict[str, list[float]] = {"engine": [], "sampling": []}
     with (

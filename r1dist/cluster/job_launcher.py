@@ -357,7 +357,7 @@ def longest(run: GRPORun) -> int:
     context = load_model_config(run.model).max_position_embeddings
     completion = trl_value(run, "max_completion_length")
     template = load_template(run.model, run.data.template, run.prompting.prefill)
-    rows = prompt_dataset(run.data, template, context, completion, run.prompting)
+    rows = prompt_dataset(run.data, template, context, completion, run.prompting, trl_value(run, "seed"))
     return max(rows["prompt_length"]) + completion
 
 

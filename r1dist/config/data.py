@@ -1,5 +1,7 @@
 """Where rows come from and how they become prompts."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
@@ -58,6 +60,9 @@ class Source:
     """Column with a system prompt. Ignored for the templates that bring their own."""
     kind: str = "math"
     """What the row is about; rewards may look at it."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the mixture, relative to the other sources' weights; all of a list have one or none has. Unset: one
+    source after another, with all of its rows."""
     limit: PositiveInt | None = None
     """Take only the first rows. For `tiny` and `reasoning_gym`, the number of problems to generate."""
     seed: Seed = 0
@@ -73,3 +78,19 @@ class Data:
     template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
     """`chat`: the tokenizer's chat template. `r1_zero`: the report's plain-text template for base models.
     `r1_zero_chat`: the chat template with the report's instruction as the system prompt."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] | None = None
+    """With weights, where the mixture ends, as in `datasets.interleave_datasets`. `first_exhausted`, the default: with
+    the first source that has no further row; what others have left is not used. `all_exhausted`: once every row was
+    used; sources that are at their end begin again."""
+
+
+def sources_in(section: Any, name: str = "") -> Iterator[tuple[str, Source]]:
+    """(dotted name, source) of each source in a section."""
+    if isinstance(section, Source):
+        yield name, section
+    elif dataclasses.is_dataclass(section):
+        for field in dataclasses.fields(section):
+            yield from sources_in(getattr(section, field.name), f"{name}.{field.name}".lstrip("."))
+    elif isinstance(section, list):
+        for index, item in enumerate(section):
+            yield from sources_in(item, f"{name}.{index}")

@@ -2,14 +2,14 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError, did_you_mean
-from .data import Source
+from .data import Source, sources_in
 
 PATH = "reasoning_gym"
 """What `path` of such a source is."""
@@ -77,7 +77,7 @@ def has_tasks(source: Source) -> bool:
 
 def check_tasks(run: Any, where: str) -> None:
     """Raises `UserError`, which names the file `where`, for a source in `run` whose task cannot be used."""
-    for name, source in _sources(run, ""):
+    for name, source in sources_in(run):
         if source.path != PATH:
             if source.task is not None or source.config is not None:
                 raise UserError(f"{where}: `{name}`: `task` and `config` are of `path: {PATH}`, not of {source.path}.")
@@ -100,18 +100,6 @@ def _check_entry(source: Source, where: str) -> None:
     if Path(source.path).suffix != ".jsonl":  # no hub id, so that nobody else's code is run
         raise UserError(f"{where}: `entry` is of .jsonl files that launch/sample.py made, not of {source.path}.")
     tasks()
-
-
-def _sources(section: Any, name: str) -> Iterator[tuple[str, Source]]:
-    """(dotted name, source) of each source in a section."""
-    if isinstance(section, Source):
-        yield name, section
-    elif dataclasses.is_dataclass(section):
-        for field in dataclasses.fields(section):
-            yield from _sources(getattr(section, field.name), f"{name}.{field.name}".lstrip("."))
-    elif isinstance(section, list):
-        for index, item in enumerate(section):
-            yield from _sources(item, f"{name}.{index}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..errors import UserError
+from .data import Data, Source, sources_in
 from .gym import PATH as GYM
 from .gym import check_tasks, has_tasks
 from .objective import LOSS_TYPES
@@ -22,6 +23,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     Raises `UserError`.
     """
     check_tasks(run, where)
+    _check_weights(run, where)
     if isinstance(run, SampleRun):
         _check_generators(run)
         _check_prompt_filter(run, where)
@@ -53,6 +55,38 @@ def _check_generators(run: SampleRun) -> None:
         raise UserError("generators: two of them have the same `name`; each needs its own.")
     if run.rows is None and any(generator.share < 1 for generator in run.generators):
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
+
+
+def _check_weights(run: Any, where: str) -> None:
+    """All sources of a list have a weight or none has, and only where a mixture is made of them."""
+    mixed = _mixed(run)
+    for name, source in sources_in(run):
+        if source.weight is not None and name.rpartition(".")[0] not in mixed:
+            raise UserError(f"{where}: `{name}.weight`: these rows are not mixed, but all used; leave it out.")
+    for name, sources in mixed.items():
+        without = [number for number, source in enumerate(sources) if source.weight is None]
+        if 0 < len(without) < len(sources):
+            raise UserError(
+                f"{where}: `{name}.{without[0]}` has no `weight`, but others of `{name}` have.\nGive all of them one, "
+                "or none: then each is used whole."
+            )
+    for name, data in _data_of(run).items():
+        if data.stopping_strategy is not None and data.sources[0].weight is None:
+            raise UserError(f"{where}: `{name}.stopping_strategy` is of sources with a `weight`; leave it out.")
+
+
+def _mixed(run: Any) -> dict[str, list[Source]]:
+    """Dotted name -> the lists of sources that may have weights."""
+    if not isinstance(run, GRPORun | SFTRun | SampleRun):
+        return {}
+    lists = {f"{name}.sources": data.sources for name, data in _data_of(run).items()}
+    return lists | ({"mix": run.mix} if isinstance(run, SampleRun) else {})
+
+
+def _data_of(run: Any) -> dict[str, Data]:
+    if isinstance(run, SampleRun):
+        return {f"generators.{number}.data": generator.data for number, generator in enumerate(run.generators)}
+    return {"data": run.data} if hasattr(run, "data") else {}
 
 
 def _check_prompt_filter(run: SampleRun, where: str) -> None:

@@ -15,14 +15,15 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_dataset(
-    data: Data, template: Template, context: int, completion: int, prompting: Prompting | None = None
+    data: Data, template: Template, context: int, completion: int, prompting: Prompting | None = None, seed: int = 0
 ) -> Dataset:
     """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), and `load_problems`' columns.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
-    `prompting`, the examples and the instruction stand in the prompt.
+    `prompting`, the examples and the instruction stand in the prompt. `seed` is that of the mixture, where sources
+    have weights, which are shares of the rows before any is dropped here.
     """
-    rows = load_problems(data.sources)
+    rows = load_problems(data.sources, seed, data.stopping_strategy)
     examples = load_examples(prompting) if prompting else []
     instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
@@ -65,13 +66,14 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
     return [(row["messages"][-1]["content"], row["completion"]) for row in rows.select(range(prompting.shots))]
 
 
-def completion_dataset(data: Data, template: Template, max_length: int | None) -> Dataset:
+def completion_dataset(data: Data, template: Template, max_length: int | None, seed: int = 0) -> Dataset:
     """Rows with `input_ids`, their number `length`, and `completion_mask` (1 on the reply and what ends it).
 
     A row of more than `max_length` tokens is dropped and counted, since packing would cut it in two; so is one that
     the chat template refuses. Raises `UserError` if none is left, or if the template keeps replies from thinking.
+    `seed` is that of the mixture, as in `prompt_dataset`.
     """
-    rows = load_conversations(data.sources)
+    rows = load_conversations(data.sources, seed, data.stopping_strategy)
     if any("<think>" in completion for completion in rows["completion"]):
         template.require_thoughts("data.sources: there are replies that think")
 

@@ -21,6 +21,7 @@ from ..errors import UserError
 from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
 from .gym import checked_entry
 from .mapping import mapped
+from .mixture import combined
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
 logger = logging.getLogger(__name__)
@@ -41,25 +42,30 @@ REASONS = 5
 """At most so many are named of why rows were left out."""
 
 
-def load_problems(sources: list[Source]) -> Dataset:
+def load_problems(sources: list[Source], seed: int = 0, stopping_strategy: str | None = None) -> Dataset:
     """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests`, `language` and `entry`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
-    source holds lists of equally right answers, `answer` is a list in all rows.
+    source holds lists of equally right answers, `answer` is a list in all rows. With weights, `combined` takes `seed`
+    and `stopping_strategy`.
     """
     parts = [_problems(_with_columns(source)) for source in sources]
     if any(part.features["answer"] == List(TEXT) for part in parts):
         parts = [mapped(part, _listed, features=Features(LISTED)) for part in parts]
-    return concatenate_datasets(parts)
+    return combined(sources, parts, seed, stopping_strategy)
 
 
 def _listed(row: dict) -> dict:
     return {"answer": [row["answer"]] if isinstance(row["answer"], str) else row["answer"]}
 
 
-def load_conversations(sources: list[Source]) -> Dataset:
-    """All rows with `messages` (the turns before the completion), `completion`, `source` and `kind`."""
-    return concatenate_datasets([_conversations(_with_columns(source)) for source in sources])
+def load_conversations(sources: list[Source], seed: int = 0, stopping_strategy: str | None = None) -> Dataset:
+    """All rows with `messages` (the turns before the completion), `completion`, `source` and `kind`.
+
+    With weights, `combined` takes `seed` and `stopping_strategy`.
+    """
+    parts = [_conversations(_with_columns(source)) for source in sources]
+    return combined(sources, parts, seed, stopping_strategy)
 
 
 def load_pairs(sources: list[Source]) -> Dataset:

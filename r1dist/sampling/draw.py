@@ -64,10 +64,11 @@ def generator_template(generator: Generator) -> Template:
     return load_template(generator.model, generator.data.template, generator.prompting.prefill)
 
 
-def generator_prompts(generator: Generator, template: Template) -> Dataset:
-    """What `generator` asks."""
+def generator_prompts(run: SampleRun, generator: Generator, template: Template) -> Dataset:
+    """What `generator`, one of `run`'s, asks."""
     context = load_model_config(generator.model).max_position_embeddings
-    return prompt_dataset(generator.data, template, context, generator.sampling.max_tokens, generator.prompting)
+    completion = generator.sampling.max_tokens
+    return prompt_dataset(generator.data, template, context, completion, generator.prompting, run.seed)
 
 
 def fill(

@@ -62,13 +62,13 @@ def sample(run: SampleRun) -> dict:
 def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
     """What each generator asks. Raises `UserError` for data that cannot be used, `mix` included."""
     if run.mix:
-        load_conversations(run.mix)
+        load_conversations(run.mix, run.seed)
     asked = []
     for number, generator in enumerate(run.generators):
         template = generator_template(generator)
         if run.filters.format and run.pass_rate is None:
             template.require_thoughts("filters.format keeps replies that think")
-        asked.append(generator_prompts(generator, template))
+        asked.append(generator_prompts(run, generator, template))
         if run.filters.correct:
             check_golds("accuracy", asked[-1], pool, f"generators.{number}.data.sources")
     return asked

@@ -60,8 +60,8 @@ def select(run: SampleRun, generator: Generator, journals: list[Path], seen: set
 
 
 def mixed(run: SampleRun) -> Iterator[dict]:
-    """The rows of `run.mix`, as they are."""
-    for row in load_conversations(run.mix) if run.mix else []:
+    """The rows of `run.mix`, as they are; with weights, mixed by them until the first source has no further row."""
+    for row in load_conversations(run.mix, run.seed) if run.mix else []:
         reply = {"role": "assistant", "content": row["completion"]}
         common = {"answer": None, "source": row["source"], "kind": row["kind"], "provenance": None}
         yield {"messages": [*row["messages"], reply], **common}

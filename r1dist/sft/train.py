@@ -35,7 +35,7 @@ def train(run: SFTRun) -> None:
     set_up_process(use_cpu=run.trl.get("use_cpu", False))
     template = load_template(run.model, run.data.template)
     check_lora(run.model)
-    dataset = completion_dataset(run.data, template, trl_value(run, "max_length"))
+    dataset = completion_dataset(run.data, template, trl_value(run, "max_length"), trl_value(run, "seed"))
     weights = weights_path(run.model)
     values = {**DEFAULTS, **hardware_defaults(run.trl, run.model.dtype)}
     kwargs = model_init_kwargs(run.model, values)
