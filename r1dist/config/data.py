@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from .resumable import MayChange
 from .rewards import STRICT
 from .values import PathText, Seed
 
@@ -65,6 +66,8 @@ class Source:
     source after another, with all of its rows."""
     limit: PositiveInt | None = None
     """Take only the first rows. For `tiny` and `reasoning_gym`, the number of problems to generate."""
+    stream: MayChange[bool] = False
+    """Read no more than the first `limit` rows, instead of all of a hub dataset, folder or file."""
     seed: Seed = 0
     """Seed of generated rows."""
 

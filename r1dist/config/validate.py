@@ -23,6 +23,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     Raises `UserError`.
     """
     check_tasks(run, where)
+    _check_streams(run, where)
     _check_weights(run, where)
     if isinstance(run, SampleRun):
         _check_generators(run)
@@ -55,6 +56,12 @@ def _check_generators(run: SampleRun) -> None:
         raise UserError("generators: two of them have the same `name`; each needs its own.")
     if run.rows is None and any(generator.share < 1 for generator in run.generators):
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
+
+
+def _check_streams(run: Any, where: str) -> None:
+    for name, source in sources_in(run):
+        if source.stream and source.limit is None:
+            raise UserError(f"{where}: `{name}.stream` needs `limit`, the number of rows to read.")
 
 
 def _check_weights(run: Any, where: str) -> None:
