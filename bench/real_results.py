@@ -15,7 +15,7 @@ import matplotlib as mpl
 from matplotlib import pyplot
 from result import machine, significant
 
-from r1dist.files import METRICS, read_lines
+from r1dist.files import METRICS, greedy_answers, read_lines
 from r1dist.pipeline.table import percent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def collect(folder: Path) -> dict:
             stage["memory_gib"] = significant(max(line.get("memory/train", 0.0) for line in lines)) or None
         if "reward" in (lines or [{}])[0]:
             stage["curves"] = {name: [significant(line[key]) for line in lines] for name, key in CURVES.items()}
-        answers = _lines(folder / "evaluations" / f"{stage['name']}.completions.jsonl")
+        answers = greedy_answers(folder / "evaluations" / f"{stage['name']}.json")
         stage["samples"] = [{k: row[k] for k in ("problem", "answer", "text")} for row in islice(answers, SAMPLES)]
         stages.append(stage)
     return {

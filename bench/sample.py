@@ -1,11 +1,14 @@
-"""Rejection sampling against the engine that it stands on: `python bench/sample.py [--rounds 3] [--prompts 256]`.
+"""Sampling and evaluation against the engine that they stand on: `python bench/sample.py [--prompts 256]`.
 
 One vLLM server with the embedded base model, the same prompts, seeds and bounds, alternating in one run: the
-engine's own tokens per second, and those of `launch/sample.py`'s loop, which also verifies every sample and
-writes it to the journal. Progress goes to stderr; the last line on stdout is JSON.
+engine's own tokens per second, those of `launch/sample.py`'s loop, which also verifies every sample and writes it to
+the journal, and those of `launch/evaluate.py`'s, which computes all scores, too. Progress goes to stderr; the last
+line on stdout is JSON.
 """
 
 import argparse
+import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
@@ -16,13 +19,17 @@ from result import aim, show
 
 from r1dist.config import Data, Generator, Model, Prompting, Rollout, SampleRun, Source
 from r1dist.config import Sampling as SamplingSettings
+from r1dist.evaluation.scores import measures, scores_of
 from r1dist.files import read_lines
 from r1dist.generation.engine import Sampling, generate
 from r1dist.generation.inference import fixed_engine
+from r1dist.generation.vllm.limits import Demand
 from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
 from r1dist.run.process import set_up_process
-from r1dist.sampling.draw import fill, generator_prompts, generator_template, requests_of
+from r1dist.sampling.draw import draw
+from r1dist.sampling.run import sampling_job
+from r1dist.sampling.shards import shards
 
 SAMPLES, MAX_TOKENS = 8, 112
 
@@ -41,13 +48,14 @@ def main() -> None:
         sampling=SamplingSettings(samples=SAMPLES, max_tokens=MAX_TOKENS),
     )
     run = SampleRun(output_dir="unused", generators=[generator], rollout=Rollout(engine="vllm"))
-    template = generator_template(generator)
-    prompts = generator_prompts(run, generator, template)
-    requests = requests_of(run, 0, prompts)
-    rates: dict[str, list[float]] = {"engine": [], "sampling": []}
+    job = sampling_job(run, 0)
+    requests = [request for row in job.prompts for request in job.requests(row)]
+    demand = Demand(generator.model, job.template.tokenizer, job.longest, 256, trains=False)
+    evaluated = dataclasses.replace(job, measure=functools.partial(measures, target="en"))
+    rates: dict[str, list[float]] = {"engine": [], "sampling": [], "evaluation": []}
     with (
         tempfile.TemporaryDirectory() as name,
-        fixed_engine(run.rollout, generator.model, template, 256, Path(name)) as engine,
+        fixed_engine(run.rollout, demand, job.template, Path(name)) as engine,
         Pool(VERIFIERS, run.verify) as pool,
     ):
         generate(engine, requests, Sampling(MAX_TOKENS))  # the first one warms up
@@ -55,17 +63,21 @@ def main() -> None:
             began = time.perf_counter()
             rollouts = generate(engine, requests, Sampling(MAX_TOKENS))
             rates["engine"].append(sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - began))
-            journal = Path(name) / f"{number}.jsonl"
-            began = time.perf_counter()
-            fill(run, 0, prompts, engine, template, journal, set(), pool)
-            seconds = time.perf_counter() - began
-            rates["sampling"].append(
-                sum(s["tokens"] for line in read_lines(journal) for s in line["samples"]) / seconds
-            )
+            for kind, asked in (("sampling", job), ("evaluation", evaluated)):
+                began = time.perf_counter()
+                parts = shards(Path(name), f"{kind}{number}", len(job.prompts), None)
+                (journal,) = draw(asked, parts, run.rollout, lambda engine=engine: engine, pool)
+                lines = list(read_lines(journal))
+                if kind == "evaluation":
+                    scores_of(lines, pool)
+                seconds = time.perf_counter() - began
+                rates[kind].append(sum(sample["tokens"] for line in lines for sample in line["samples"]) / seconds)
             print({key: round(values[-1]) for key, values in rates.items()}, file=sys.stderr)
-    ratios = [ours / engines for ours, engines in zip(rates["sampling"], rates["engine"], strict=True)]
     speeds = {key: statistics.median(values) for key, values in rates.items()}
-    aims = {"throughput_ratio": aim(ratios, 0.9, "higher")}
+    aims = {
+        figure: aim([ours / own for ours, own in zip(rates[kind], rates["engine"], strict=True)], 0.9, "higher")
+        for figure, kind in (("throughput_ratio", "sampling"), ("evaluation_ratio", "evaluation"))
+    }
     show("sample", aims, samples=len(requests), tokens_per_second=speeds)
 
 

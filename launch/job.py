@@ -1,7 +1,7 @@
 """A run over all nodes and GPUs that are there: `python launch/job.py grpo --config FILE [--dry_run]`.
 
-The first word is `grpo`, `sft`, `reward_model`, `sample` or `pipeline`; the others are that launcher's. In a SLURM
-job (launch/slurm/) it uses the job's nodes, and is put back into the queue when its time runs out.
+The first word is `grpo`, `sft`, `reward_model`, `sample`, `evaluate` or `pipeline`; the others are that launcher's. In
+a SLURM job (launch/slurm/) it uses the job's nodes, and is put back into the queue when its time runs out.
 """
 
 import os
@@ -14,7 +14,7 @@ from r1dist.errors import EXIT_INTERRUPTED, RunStopped, UserError, run_cli
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPE = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"
-KINDS = ("grpo", "sft", "reward_model", "sample", "pipeline")
+KINDS = ("grpo", "sft", "reward_model", "sample", "evaluate", "pipeline")
 
 
 def main(argv: list[str]) -> None:

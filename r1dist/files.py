@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from pathlib import Path
 from .errors import UserError
 
 RUN_FILE, LOCK = "run.json", ".lock"
+DECONTAMINATED = "decontaminated.json"  # the rows that `data.decontaminate` dropped
 METRICS = "metrics.jsonl"  # a line for each logged step
 CHECKSUMS = "checksums.json"  # the last file of a checkpoint: with it, it is whole
 ENDED = "ended.json"  # why a run stopped before its end
@@ -37,8 +38,12 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def write_run_file(folder: Path, launcher: str, config: dict, data: dict[str, str]) -> None:
-    """Record the configuration, the digests of its data and the versions in `folder`."""
+def write_run_file(
+    folder: Path, launcher: str, config: dict, data: dict[str, str], contaminated: Sequence[dict] = ()
+) -> None:
+    """Record the configuration, the digests of its data, the versions and the `contaminated` rows in `folder`."""
+    if contaminated:
+        write_json(folder / DECONTAMINATED, {"dropped": contaminated})
     write_json(folder / RUN_FILE, {"launcher": launcher, "config": config, "data": data, "versions": versions()})
 
 
@@ -46,6 +51,24 @@ def versions() -> dict[str, str]:
     """The versions of the packages that affect a run's result."""
     optional = [name for module, name in OPTIONAL_PACKAGES.items() if find_spec(module) is not None]
     return {name: version(name) for name in (*PACKAGES, *optional)}
+
+
+def samples_folder(output: Path) -> Path:
+    """Where the samples of the evaluation in the file `output` are.
+
+    A file for each of `data`, the benchmarks and `requests` in each of the modes (`gsm8k-greedy.jsonl`), with a line
+    for each problem: `problem`, `answer`, and `samples` with their `text`, `tokens` and scores.
+    """
+    return output.with_suffix(".samples")
+
+
+def greedy_answers(output: Path) -> Iterator[dict]:
+    """`problem`, `answer`, `kind` and `text` of an evaluation's greedy samples, of `data.sources` and `requests`."""
+    for name in ("data", "requests"):
+        path = samples_folder(output) / f"{name}-greedy.jsonl"
+        for line in sorted(read_lines(path), key=lambda line: line["prompt_id"]) if path.exists() else []:
+            about = {field: line[field] for field in ("problem", "answer", "kind")}
+            yield {**about, "text": line["samples"][0]["text"]}
 
 
 def write_json(path: Path, content: dict, mode: int = 0o644) -> None:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..config import GRPORun, SampleRun, Serve
+from ..config import EvaluateRun, GRPORun, SampleRun, Serve
 from ..config.loader import config_path, parse
 from ..config.pipeline import PipelineRun
 from ..config.trl_fields import trl_value
@@ -26,7 +26,7 @@ from ..config.validate import validate
 from ..data.prompts import prompt_dataset
 from ..data.templates import load_template
 from ..errors import Interrupted, RunStopped, StageFailed, UserError
-from ..files import LOGS, SERVERS, lock_run_dir
+from ..files import LOGS, SERVERS, lock_run_dir, samples_folder
 from ..generation.ports import free_port
 from ..generation.vllm.endpoints import OWNER_ONLY, read
 from ..generation.vllm.start import require_length, require_vllm, sleeps
@@ -48,7 +48,7 @@ NOT_BEGUN = "the work had not begun. The same command begins it."
 
 
 class JobLauncher:
-    """One run of `kind` (`grpo`, `sft`, `reward_model`, `sample`) with the launcher's `arguments`.
+    """One run of `kind` (`grpo`, `sft`, `reward_model`, `sample`, `evaluate`) with the launcher's `arguments`.
 
     `asked` grows by the signals that ask to stop; it is looked at before the work begins, and while servers come up.
     `launch` is the folder of the launchers, in a checkout: this package may be installed elsewhere.
@@ -62,7 +62,7 @@ class JobLauncher:
         self.launch = launch
         self.arguments = arguments
         self.config = parse(self.kind.run_class, arguments)
-        self.folder = Path(self.config.trl["output_dir"] if self.kind.trains else self.config.output_dir)
+        self.folder = folder_of(self.config)
         self.logs = self.folder / LOGS
         self.apart = self.folder / SERVERS
         config = self.config.placement
@@ -223,8 +223,10 @@ class JobLauncher:
 
     def _settled(self) -> list[str]:
         """What the placement adds to the launcher's arguments."""
-        placement, words = self.placement, ["--output_dir", str(self.folder)]  # a node's home folder may be another
-        if isinstance(self.config, SampleRun):
+        placement, field = self.placement, "output" if isinstance(self.config, EvaluateRun) else "output_dir"
+        # A node's home folder may be another.
+        words = [f"--{field}", self.config.output if field == "output" else str(self.folder)]
+        if not self.kind.trains:
             if placement.serve_nodes * placement.processes > 1 and not self.config.shard:
                 words += ["--shard", str(SHARD)]
             return words + (self._servers_of_a_node() if placement.replicas and placement.machines.gpus else [])
@@ -307,12 +309,22 @@ class NodeServers:
             )
 
 
+def folder_of(run) -> Path:
+    """Where `run` leaves its logs. Raises `UserError` for an evaluation that keeps nothing."""
+    if not isinstance(run, EvaluateRun):
+        return Path(run.output_dir if isinstance(run, SampleRun) else run.trl["output_dir"])
+    if run.output is None:
+        raise UserError("output: name the file for the scores; samples and logs will be in a folder beside it.")
+    return samples_folder(Path(run.output))
+
+
 def load_of(run) -> Load:
     """What `run` needs of its machines."""
     rollout = getattr(run, "rollout", None)
     serves = rollout is not None and rollout.engine == "vllm" and rollout.servers == "managed"
-    if isinstance(run, SampleRun):
-        shapes = [model_shape(generator.model) for generator in run.generators]
+    if isinstance(run, SampleRun | EvaluateRun):
+        models = [run.model] if isinstance(run, EvaluateRun) else [generator.model for generator in run.generators]
+        shapes = [model_shape(model) for model in models]
         largest = max(shapes, key=parameter_count)
         served = parameter_count(largest) * BYTES["bfloat16"]
         return Load(

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError, did_you_mean
-from .data import Source, sources_in
+from .source import Source, sources_in
 
 PATH = "reasoning_gym"
 """What `path` of such a source is."""

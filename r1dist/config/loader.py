@@ -13,10 +13,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError, did_you_mean
+from .benchmarks import PROTOCOLS, settle
 from .engines import choose_engine
 from .objective import OBJECTIVES
 from .plain import NULL, Plain, is_text, load, read_as
-from .runs import GRPORun
+from .runs import EvaluateRun, GRPORun
 from .tree import alternatives, child, section_of
 from .trl_fields import TRL_CLASS, field_types, validator
 from .trl_limits import OURS_INSTEAD
@@ -84,6 +85,22 @@ def parse(run_class: type, argv: list[str], default_config: Path | None = None, 
 def build(run_class: type, tree: dict, where: str, processes: int | None = None) -> Any:
     """Build `run_class` from `tree`; `where` is named in errors. TRL's fields are moved into `trl`."""
     tree = read_as(run_class, tree)
+    if run_class is EvaluateRun:
+        return _build_evaluation(tree, where)
+    return _build(run_class, tree, where, processes)
+
+
+def _build_evaluation(tree: dict, where: str) -> EvaluateRun:
+    sampling = _section_in(tree, "sampling", where)
+    protocol = tree.get("protocol")
+    usual = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
+    tree = {**usual, **tree, "sampling": {**usual.get("sampling", {}), **sampling}}
+    run = _build(EvaluateRun, tree, where, None)
+    settle(run.benchmarks, run.protocol, run.sampling.samples, explicit="samples" in sampling)
+    return run
+
+
+def _build(run_class: type, tree: dict, where: str, processes: int | None) -> Any:
     for old, new in RENAMED.items():
         section, _, name = old.rpartition(".")
         if name in (_section_in(tree, section, where) if section else tree):

@@ -40,8 +40,9 @@ class Goal:
     """What a stage is there to do, as a number of `summary.json`. Exactly one of the last four is given."""
 
     stage: str
-    score: str = Field(pattern=r"^(?:eval|sampled|requests|scores)\.\w+$")
-    """`eval.` (greedy), `sampled.`, `requests.` or `scores.`, and a field there, as in `eval.accuracy`."""
+    score: str = Field(pattern=r"^(?:eval|sampled|requests|scores|benchmarks\.[\w-]+\.(?:greedy|sampled))\.\w+$")
+    """`eval.` (greedy), `sampled.`, `requests.`, `scores.` or a benchmark's (`benchmarks.gsm8k.greedy.`), and a field
+    there, as in `eval.accuracy`."""
     above: str | None = None
     """The stage whose score it must exceed, with intervals apart where the score has one."""
     by: float = Field(default=0.0, ge=0)

@@ -1,19 +1,23 @@
 """The configuration of each launcher. TRL's own fields stand at the top level under TRL's names."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from .data import Data, Source
+from .benchmarks import Benchmark, entries
+from .data import Data
 from .languages import Language
 from .model import Model
 from .resumable import MayChange
 from .rewards import STRICT, Reward, Verify
 from .rollout import Rollout, Serve
 from .sampling import Prompting, Sampling
+from .source import Source
 from .train import PlacementConfig, Train, TrainRL
 from .values import PathText, Seed
+
+Mode = Literal["greedy", "sampled"]
 
 
 def _weighted(value: Any) -> Any:
@@ -86,13 +90,30 @@ class Requests:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class EvaluationData:
+    """Problems that need no name, and how a question becomes a prompt."""
+
+    sources: list[Source] = Field(default_factory=list)
+    """Where the rows come from."""
+    template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
+    """As in the `data` of a training run; of `benchmarks`, too."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class EvaluateRun:
-    """`launch/evaluate.py`: greedy and sampled pass@1 on problems with known answers; replies to requests."""
+    """`launch/evaluate.py`: pass@1, pass@k and cons@n on problems with known answers; replies to requests."""
 
     model: Model
-    data: Data
+    data: EvaluationData = Field(default_factory=EvaluationData)
+    benchmarks: Annotated[list[Benchmark], BeforeValidator(entries)] = Field(default_factory=list)
+    """Problems with a name: `[gsm8k, {name: math500, path: FILE, limit: 100}]`. docs/evaluation.md lists them."""
+    protocol: Literal["greedy", "r1"] | None = None
+    """Sets what the YAML leaves open. `greedy`: one greedy completion. `r1`: the report's, temperature 0.6, top-p
+    0.95, 32,768 tokens, and as many samples as the benchmarks usually have."""
+    modes: Annotated[list[Mode], Field(min_length=1)] = Field(default_factory=lambda: [*get_args(Mode)])
+    """How each problem is answered: once greedily, `sampling.samples` times at `sampling.temperature`, or both."""
     prompting: Prompting = Field(default_factory=Prompting)
-    """Its examples and its instruction are for `data` alone; general requests are asked without."""
+    """Its examples and its instruction are for problems alone; general requests are asked without."""
     sampling: Sampling = Field(default_factory=Sampling)
     requests: Requests | None = None
     """General requests, answered greedily."""
@@ -102,9 +123,15 @@ class EvaluateRun:
     verify: Verify = Field(default_factory=Verify)
     seed: Seed = 0
     """Seed of the sampled completions."""
-    output: PathText | None = None
-    """Write the result to this JSON file, too."""
-    dry_run: bool = False
+    shard: PositiveInt | None = None
+    """Prompts that one process claims at a time. Set, any number of processes, on machines that share the folder of
+    `output`, may work at once, come and go."""
+    placement: MayChange[PlacementConfig] = Field(default_factory=PlacementConfig)
+    """For launch/job.py: `nodes`, `gpus_per_node`, `gpu_gib` and, without GPUs, `processes`."""
+    output: MayChange[PathText | None] = None
+    """Write the result to this JSON file, and the samples beside it; killed and started again, the same command
+    continues. Unset: the samples are not kept."""
+    dry_run: MayChange[bool] = False
     """Print the resolved configuration and the memory it needs, and stop."""
 
 

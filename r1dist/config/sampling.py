@@ -3,12 +3,13 @@
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from .data import Data, Source
+from .data import Data
 from .languages import Language
 from .model import Model
 from .resumable import MayChange
 from .rewards import STRICT, Verify
 from .rollout import Rollout
+from .source import Source
 from .train import PlacementConfig
 from .values import Bounds, PathText, Seed
 

@@ -3,13 +3,14 @@
 from typing import Any
 
 from ..errors import UserError
-from .data import Data, Source, sources_in
+from .data import Data
 from .gym import PATH as GYM
 from .gym import check_tasks, has_tasks
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
 from .runs import EvaluateRun, GRPORun, SFTRun, TrainingRun
 from .sampling import Filters, SampleRun
+from .source import Source, sources_in
 from .trl_fields import micro_steps_per_generation, trl_value
 from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
 
@@ -30,6 +31,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_prompt_filter(run, where)
     if isinstance(run, SampleRun | EvaluateRun):
         _check_servers(run, where)
+    if isinstance(run, EvaluateRun):
+        _check_evaluation(run, where)
     if isinstance(run, TrainingRun):
         _check_supported(run, where)
     else:
@@ -84,8 +87,6 @@ def _check_weights(run: Any, where: str) -> None:
 
 def _mixed(run: Any) -> dict[str, list[Source]]:
     """Dotted name -> the lists of sources that may have weights."""
-    if not isinstance(run, GRPORun | SFTRun | SampleRun):
-        return {}
     lists = {f"{name}.sources": data.sources for name, data in _data_of(run).items()}
     return lists | ({"mix": run.mix} if isinstance(run, SampleRun) else {})
 
@@ -93,7 +94,7 @@ def _mixed(run: Any) -> dict[str, list[Source]]:
 def _data_of(run: Any) -> dict[str, Data]:
     if isinstance(run, SampleRun):
         return {f"generators.{number}.data": generator.data for number, generator in enumerate(run.generators)}
-    return {"data": run.data} if hasattr(run, "data") else {}
+    return {"data": run.data} if isinstance(run, GRPORun | SFTRun) else {}
 
 
 def _check_prompt_filter(run: SampleRun, where: str) -> None:
@@ -125,6 +126,18 @@ def _check_shares(bounds: list[float], field: str) -> None:
     least, most = bounds
     if not 0 <= least <= most <= 1:
         raise UserError(f"{field} is [{least:g}, {most:g}]; it is [least, most], both from 0 to 1.")
+
+
+def _check_evaluation(run: EvaluateRun, where: str) -> None:
+    if not (run.data.sources or run.benchmarks or run.requests):
+        raise UserError(f"{where}: nothing to evaluate: set `data.sources`, `benchmarks` or `requests`.")
+    names = [benchmark.name for benchmark in run.benchmarks]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: `benchmarks`: two of them have the same `name`; each needs its own.")
+    if run.shard is not None and run.output is None:
+        raise UserError(
+            f"{where}: `shard` divides the work among processes, which share the folder of `output`; set it."
+        )
 
 
 def _check_supported(run: TrainingRun, where: str) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
 from ..config import Source
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +19,18 @@ def combined(sources: list[Source], parts: list[Dataset], seed: int, stopping_st
 
     Args:
         stopping_strategy: That of `datasets.interleave_datasets`; None is `first_exhausted`.
+
+    Raises `UserError` for a source with a weight of which decontamination left no row.
     """
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return concatenate_datasets(parts)
+    for source, part in zip(sources, parts, strict=True):
+        if not len(part):
+            raise UserError(
+                f"data.decontaminate: no row of {source.path} is left, which has a `weight` in the mixture.\n"
+                "Leave the source out, or raise `ngram`."
+            )
     shares = [weight / sum(weights) for weight in weights]
     rows = interleave_datasets(parts, shares, seed=seed, stopping_strategy=stopping_strategy or "first_exhausted")
     there: Counter[str] = Counter()

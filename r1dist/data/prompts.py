@@ -1,5 +1,6 @@
 """The datasets that the trainers and the evaluation are given."""
 
+import functools
 import logging
 
 from datasets import Dataset
@@ -7,6 +8,7 @@ from jinja2 import TemplateError
 
 from ..config import Data, Prompting, Source
 from ..errors import UserError
+from .decontaminate import decontaminate
 from .mapping import kept, mapped
 from .sources import load_conversations, load_problems
 from .templates import Template
@@ -15,15 +17,23 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_dataset(
-    data: Data, template: Template, context: int, completion: int, prompting: Prompting | None = None, seed: int = 0
+    data: Data,
+    template: Template,
+    context: int,
+    completion: int,
+    prompting: Prompting | None = None,
+    seed: int = 0,
+    contaminated: list[dict] | None = None,
 ) -> Dataset:
     """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), and `load_problems`' columns.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
     `prompting`, the examples and the instruction stand in the prompt. `seed` is that of the mixture, where sources
-    have weights, which are shares of the rows before any is dropped here.
+    have weights, which are shares of the rows before any is dropped for its length. What `data.decontaminate` drops
+    before that is added to `contaminated`.
     """
-    rows = load_problems(data.sources, seed, data.stopping_strategy)
+    clean = functools.partial(_decontaminated, data, contaminated)
+    rows = load_problems(data.sources, seed, data.stopping_strategy, clean)
     examples = load_examples(prompting) if prompting else []
     instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
@@ -66,14 +76,17 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
     return [(row["messages"][-1]["content"], row["completion"]) for row in rows.select(range(prompting.shots))]
 
 
-def completion_dataset(data: Data, template: Template, max_length: int | None, seed: int = 0) -> Dataset:
+def completion_dataset(
+    data: Data, template: Template, max_length: int | None, seed: int = 0, contaminated: list[dict] | None = None
+) -> Dataset:
     """Rows with `input_ids`, their number `length`, and `completion_mask` (1 on the reply and what ends it).
 
     A row of more than `max_length` tokens is dropped and counted, since packing would cut it in two; so is one that
     the chat template refuses. Raises `UserError` if none is left, or if the template keeps replies from thinking.
-    `seed` is that of the mixture, as in `prompt_dataset`.
+    `seed` is that of the mixture, as in `prompt_dataset`, and `contaminated` grows as there.
     """
-    rows = load_conversations(data.sources, seed, data.stopping_strategy)
+    clean = functools.partial(_decontaminated, data, contaminated)
+    rows = load_conversations(data.sources, seed, data.stopping_strategy, clean)
     if any("<think>" in completion for completion in rows["completion"]):
         template.require_thoughts("data.sources: there are replies that think")
 
@@ -99,6 +112,16 @@ def completion_dataset(data: Data, template: Template, max_length: int | None, s
     if not len(fitting):
         raise UserError(f"data.sources: none of the {len(usable)} rows fits into max_length = {max_length} tokens.")
     return fitting
+
+
+def _decontaminated(data: Data, contaminated: list[dict] | None, parts: list[Dataset]) -> list[Dataset]:
+    """The rows of each source that `data.decontaminate` leaves."""
+    if data.decontaminate is None:
+        return parts
+    parts, found = decontaminate(parts, data.decontaminate)
+    if contaminated is not None:
+        contaminated += found
+    return parts
 
 
 def _prompt_ids(template: Template, prompt: str | list[dict]) -> tuple[list[int], str | None]:

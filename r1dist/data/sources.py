@@ -18,10 +18,12 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from ..config import Source
 from ..config.gym import PATH as GYM
 from ..errors import UserError
+from .choices import CHOICES, choice_question, right_choice
 from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
 from .gym import checked_entry
 from .mapping import mapped
 from .mixture import combined
+from .programs import program_tests
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
 logger = logging.getLogger(__name__)
@@ -42,30 +44,51 @@ REASONS = 5
 """At most so many are named of why rows were left out."""
 
 
-def load_problems(sources: list[Source], seed: int = 0, stopping_strategy: str | None = None) -> Dataset:
+def load_problems(
+    sources: list[Source],
+    seed: int = 0,
+    stopping_strategy: str | None = None,
+    clean: Callable[[list[Dataset]], list[Dataset]] | None = None,
+) -> Dataset:
     """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests`, `language` and `entry`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
     source holds lists of equally right answers, `answer` is a list in all rows. With weights, `combined` takes `seed`
-    and `stopping_strategy`.
+    and `stopping_strategy`. `clean` is given the rows of each source, and drops some, before they are combined.
     """
     parts = [_problems(_with_columns(source)) for source in sources]
     if any(part.features["answer"] == List(TEXT) for part in parts):
         parts = [mapped(part, _listed, features=Features(LISTED)) for part in parts]
-    return combined(sources, parts, seed, stopping_strategy)
+    return combined(sources, clean(parts) if clean else parts, seed, stopping_strategy)
 
 
 def _listed(row: dict) -> dict:
     return {"answer": [row["answer"]] if isinstance(row["answer"], str) else row["answer"]}
 
 
-def load_conversations(sources: list[Source], seed: int = 0, stopping_strategy: str | None = None) -> Dataset:
+def load_conversations(
+    sources: list[Source],
+    seed: int = 0,
+    stopping_strategy: str | None = None,
+    clean: Callable[[list[Dataset]], list[Dataset]] | None = None,
+) -> Dataset:
     """All rows with `messages` (the turns before the completion), `completion`, `source` and `kind`.
 
-    With weights, `combined` takes `seed` and `stopping_strategy`.
+    `seed`, `stopping_strategy` and `clean` as in `load_problems`.
     """
     parts = [_conversations(_with_columns(source)) for source in sources]
-    return combined(sources, parts, seed, stopping_strategy)
+    return combined(sources, clean(parts) if clean else parts, seed, stopping_strategy)
+
+
+def load_questions(source: Source) -> list[str]:
+    """The problems of a source, of which no other column is needed."""
+    source = _with_columns(source)
+    raw = read(source)
+    require_columns(source, raw, {"problem": source.problem})
+    rows = _usable(
+        source, raw, lambda row: {"problem": _asked(source, row)[-1]}, {"problem": TEXT}, "Set its `problem`."
+    )
+    return list(rows["problem"])
 
 
 def load_pairs(sources: list[Source]) -> Dataset:
@@ -149,7 +172,7 @@ def _problems(source: Source) -> Dataset:
     columns = {"problem": source.problem, "answer": source.answer}
     if source.answer is None and source.kind != "math":
         del columns["answer"]
-    further = ("tests", "language", "system", "entry")
+    further = ("tests", "language", "system", "choices", "entry")
     columns |= {field: named for field in further if (named := getattr(source, field)) is not None}
     require_columns(source, raw, columns)
     listed = source.answer is not None and holds_lists(raw, source.answer)
@@ -164,11 +187,13 @@ def _problems(source: Source) -> Dataset:
     def convert(row: dict) -> dict:
         system, earlier, problem = _asked(source, row)
         gold = answer(row)
+        if source.choices is not None:
+            problem, gold = _with_choices(source, row, problem)
         entry = value_of(row, source.entry) if source.entry else None
         entry = entry if source.path == GYM else checked_entry(entry)
         if gold is None and source.kind == "math" and entry is None:
             raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
-        tests = value_of(row, source.tests) if source.tests else None
+        tests = program_tests(value_of(row, source.tests), source.tests_format, row) if source.tests else None
         return {
             "problem": problem,
             "earlier": earlier,
@@ -183,6 +208,20 @@ def _problems(source: Source) -> Dataset:
 
     mend = "Set `problem`, `answer` or `answer_format` of this source."
     return _usable(source, raw, convert, LISTED if listed else PROBLEM, mend)
+
+
+def _with_choices(source: Source, row: dict, problem: str) -> tuple[str, str]:
+    """The question with its choices in the row's own order, and the letter of the right one."""
+    columns = [source.choices] if isinstance(source.choices, str) else source.choices
+    values = [value_of(row, column) for column in columns]
+    listed = values[0] if isinstance(values[0], list) else values
+    texts = [text.strip() for text in map(as_text, listed) if text is not None]
+    if len(texts) < len(listed) or not 2 <= len(texts) <= len(CHOICES):
+        raise UnusableRow(f"no 2 to {len(CHOICES)} `choices`")
+    right = right_choice(texts, value_of(row, source.answer) if source.answer else None)
+    if right is None:
+        raise UnusableRow("an `answer` that names none of its `choices`")
+    return choice_question(problem, texts, right, source.seed)
 
 
 def _conversations(source: Source) -> Dataset:

@@ -1,144 +1,176 @@
-"""Greedy and sampled pass@1 on problems with known answers."""
+"""Scores on problems with known answers: every sample is kept as it is made, so that a killed evaluation continues."""
 
-import json
+import functools
+import hashlib
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset
 
-from ..config import EvaluateRun
+from ..config import Data, EvaluateRun, Prompting, Source
+from ..config.loader import as_tree
 from ..data.prompts import prompt_dataset
 from ..data.templates import Template, load_template
-from ..errors import RunStopped
-from ..files import write_json
-from ..generation.engine import Engine, Rollout, RolloutsLost, Sampling
+from ..errors import RunStopped, UserError, VerifiersBroken
+from ..files import RUN_FILE, lock_run_dir, read_lines, samples_folder, sha256, write_json, write_run_file
+from ..generation.engine import RolloutsLost, Sampling
 from ..generation.inference import fixed_engine
 from ..generation.vllm.limits import Demand
 from ..generation.vllm.start import check_servers
-from ..models import load_model_config
+from ..models import load_model_config, model_path
 from ..rewards import verifiers_of
-from ..rewards.format import has_format
-from ..rewards.golds import check_golds
-from ..rewards.language import language_share
+from ..rewards.golds import check_answers
 from ..rewards.pool import Pool
-from ..rewards.thinking import thinking_of
 from ..run.process import set_up_process
-from .complete import complete, with_texts
-from .intervals import clustered_interval
-from .requests import answer_requests, request_dataset, score_replies
+from ..run.resume import check_same, data_digests
+from ..sampling.draw import SamplingJob, draw
+from ..sampling.shards import shards
+from .requests import request_dataset, score_replies
+from .scores import measures, scores_of
+
+OWN, REQUESTS = "data", "requests"
+"""What the problems of `data.sources`, and general requests, are called in the names of journals."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The result of greedy or sampled completions.
+class Problems:
+    """Rows that are asked and scored together."""
 
-    `accuracy` is pass@1 averaged over problems and samples, `ci95` its interval over problems. `format` and
-    `finished` are shares of completions, `mean_tokens` the mean length. `language` is the mean share of words in the
-    target language in the thinking, with its interval over problems, of completions that think a word (both None if
-    there is none).
-    """
-
-    problems: int
+    name: str
+    rows: Dataset
     samples: int
-    unscorable: int
-    accuracy: float
-    ci95: tuple[float, float]
-    format: float
-    finished: float
-    language: float | None
-    language_ci95: tuple[float, float] | None
-    mean_tokens: float
 
 
 def evaluate(run: EvaluateRun) -> dict:
-    """The scores: `greedy`, `sampled` and, if asked for, `requests`; written to `run.output` if that is set,
-    together with the greedy completions. Raises `UserError`, and `RunStopped` where no server is left."""
+    """The scores of `data.sources` (`greedy`, `sampled`), of each of `benchmarks`, and of `requests`.
+
+    They are written to `run.output` if that is set, and the samples to a folder beside it, see `files.samples_folder`.
+    Raises `UserError`, and `RunStopped` where no server is left.
+    """
     set_up_process()
     template = load_template(run.model, run.data.template, run.prompting.prefill)
-    context = load_model_config(run.model).max_position_embeddings
-    dataset = prompt_dataset(run.data, template, context, run.sampling.max_tokens, run.prompting)
-    asked = None if run.requests is None else request_dataset(run, template, context)
-    greedy = Sampling(run.sampling.max_tokens, temperature=0)
-    sampled = Sampling(run.sampling.max_tokens, run.sampling.temperature, run.sampling.top_p)
-    with Pool(verifiers_of((), run.data.sources), run.verify) as pool:
-        check_golds("accuracy", dataset, pool)
-        with _engine(run, template, dataset, asked) as engine:
-            scores, completions = measure(run, engine, template, dataset, greedy, 1, pool)
-            result = {"model": run.model.path, "seed": run.seed, "greedy": asdict(scores)}
-            result["sampled"] = asdict(measure(run, engine, template, dataset, sampled, run.sampling.samples, pool)[0])
-            answered = None if asked is None else answer_requests(run, engine, template, asked)
-    if answered is not None:
-        replies, more = score_replies(run, asked, *answered)
-        result["requests"] = asdict(replies)
-        completions += more
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with Pool(verifiers_of((), _sources(run)), run.verify, share) as pool:
+        problems, asked = _read(run, template, pool)
+        jobs = {(p.name, mode): _job(run, template, p, mode) for p in problems for mode in run.modes}
+        if asked is not None:
+            greedy = Sampling(run.requests.max_tokens, temperature=0)
+            name = f"{REQUESTS}-greedy"
+            jobs[REQUESTS, "greedy"] = SamplingJob(name, asked, template, greedy, 1, run.seed, verified=False)
+        lines = _draw(run, template, list(jobs.values()), pool)
+        result: dict = {"model": run.model.path, "seed": run.seed}
+        found = {name: {} for name, _ in jobs if name not in (OWN, REQUESTS)}
+        for (name, mode), job in jobs.items():
+            if name != REQUESTS:
+                (result if name == OWN else found[name])[mode] = asdict(scores_of(lines[job.name], pool))
+    result |= {"benchmarks": found} if found else {}
+    if asked is not None:
+        result["requests"] = asdict(score_replies(run, asked, lines[f"{REQUESTS}-greedy"]))
     if run.output:
-        output = Path(run.output)
-        write_json(output, result)
-        completions_path(output).write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in completions), encoding="utf-8"
-        )
+        write_json(Path(run.output), result)
     return result
 
 
-@contextmanager
-def _engine(run: EvaluateRun, template: Template, dataset: Dataset, asked: Dataset | None) -> Iterator[Engine]:
-    """The engine of `run.rollout`; the logs of its own servers are beside `run.output`."""
-    longest = [(max(dataset["prompt_ids"], key=len), run.sampling.max_tokens)]
-    if asked is not None:
-        longest.append((max(asked["prompt_ids"], key=len), run.requests.max_tokens))
-    prompt, tokens = max(longest, key=lambda pair: len(pair[0]) + pair[1])
-    demand = Demand(run.model, template.tokenizer, prompt, tokens, trains=False)
-    check_servers(run.rollout, demand, run.model.dtype, trainers=0)
-    with TemporaryDirectory() as scratch:
-        folder = Path(run.output).with_suffix(".servers") if run.output else Path(scratch)
+def _sources(run: EvaluateRun) -> list[Source]:
+    return [*run.data.sources, *(source for benchmark in run.benchmarks for source in benchmark.sources)]
+
+
+def _read(run: EvaluateRun, template: Template, pool: Pool) -> tuple[list[Problems], Dataset | None]:
+    """All that is asked: problems, and requests if there are any. Raises `UserError` for what cannot be scored."""
+    context = load_model_config(run.model).max_position_embeddings
+
+    def rows_of(sources: list[Source], prompting: Prompting, field: str) -> Dataset:
+        data = Data(sources=sources, template=run.data.template)
+        rows = prompt_dataset(data, template, context, run.sampling.max_tokens, prompting)
+        check_answers(rows, pool, field)
+        return rows
+
+    problems = []
+    if run.data.sources:
+        rows = rows_of(run.data.sources, run.prompting, "data.sources")
+        problems.append(Problems(OWN, rows, run.sampling.samples))
+    for number, benchmark in enumerate(run.benchmarks):
+        prompting = replace(run.prompting, instruction=run.prompting.instruction or benchmark.instruction)
         try:
-            with fixed_engine(run.rollout, run.model, template, demand.tokens, folder) as engine:
-                yield engine
-        except RolloutsLost as error:
-            raise RunStopped(str(error)) from error
+            rows = rows_of(benchmark.sources, prompting, f"benchmarks.{number}.sources")
+        except UserError as error:
+            raise UserError(f"benchmark {benchmark.name}: {error}") from error
+        problems.append(Problems(benchmark.name, rows, benchmark.samples))
+    return problems, None if run.requests is None else request_dataset(run, template, context)
 
 
-def completions_path(output: Path) -> Path:
-    """Where the greedy completions of the evaluation in `output` are: `problem`, `answer`, `kind` and `text`."""
-    return output.with_suffix(".completions.jsonl")
-
-
-def measure(
-    run: EvaluateRun,
-    engine: Engine,
-    template: Template,
-    dataset: Dataset,
-    sampling: Sampling,
-    samples: int,
-    pool: Pool,
-) -> tuple[Scores, list[dict]]:
-    """Generate `samples` completions for each problem and score them; the completions come second."""
-    rollouts, texts = complete(engine, template, dataset, sampling, samples, run.seed)
-    rows = [row for row in dataset for _ in range(samples)]
-    right = pool.scores("accuracy", texts, rows)
-    return _scores(rollouts, texts, right, samples, run.target_language), with_texts(rows, texts)
-
-
-def _scores(rollouts: list[Rollout], texts: list[str], right: list[float | None], samples: int, target: str) -> Scores:
-    by_problem = [right[i : i + samples] for i in range(0, len(right), samples)]
-    # The gold answer decides whether a row can be scored, so all samples of a problem can or none.
-    rates = [fmean(scores) for scores in by_problem if scores[0] is not None]
-    shares = [language_share(thinking_of(text), target) for text in texts]
-    spoken = [[s for s in shares[i : i + samples] if s is not None] for i in range(0, len(shares), samples)]
-    in_target = [fmean(shares) for shares in spoken if shares]
-    return Scores(
-        problems=len(by_problem),
-        samples=samples,
-        unscorable=len(by_problem) - len(rates),
-        accuracy=fmean(rates),
-        ci95=clustered_interval(rates),
-        format=fmean(has_format(text) for text in texts),
-        finished=fmean(rollout.finish_reason == "stop" for rollout in rollouts),
-        language=fmean(in_target) if in_target else None,
-        language_ci95=clustered_interval(in_target) if in_target else None,
-        mean_tokens=fmean(len(rollout.token_ids) for rollout in rollouts),
+def _job(run: EvaluateRun, template: Template, problems: Problems, mode: str) -> SamplingJob:
+    sampled = mode == "sampled"
+    how = (run.sampling.temperature, run.sampling.top_p) if sampled else (0.0, 1.0)
+    return SamplingJob(
+        name=f"{problems.name}-{mode}",
+        prompts=problems.rows,
+        template=template,
+        sampling=Sampling(run.sampling.max_tokens, *how),
+        samples=problems.samples if sampled else 1,
+        seed=run.seed,
+        measure=functools.partial(measures, target=run.target_language),
     )
+
+
+def _draw(run: EvaluateRun, template: Template, jobs: list[SamplingJob], pool: Pool) -> dict[str, list[dict]]:
+    """Complete what is missing; the lines of each job's journal, by its name, in the order of its prompts."""
+    longest = max(jobs, key=lambda job: len(job.longest) + job.sampling.max_tokens)
+    demand = Demand(run.model, template.tokenizer, longest.longest, longest.sampling.max_tokens, trains=False)
+    with TemporaryDirectory() as scratch:
+        folder = samples_folder(Path(run.output)) if run.output else Path(scratch)
+        if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
+            check_servers(run.rollout, demand, run.model.dtype, trainers=0)
+        logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder / "servers"
+        with _ours(run, folder), ExitStack() as stack:
+
+            @functools.cache
+            def engine():
+                return stack.enter_context(fixed_engine(run.rollout, demand, template, logs))
+
+            try:
+                journals = {
+                    job.name: draw(
+                        job, shards(folder, job.name, len(job.prompts), run.shard), run.rollout, engine, pool
+                    )
+                    for job in jobs
+                }
+            except (RolloutsLost, VerifiersBroken) as error:
+                kept = "\nThe samples so far are kept; the same command continues." if run.output else ""
+                raise RunStopped(f"{error}{kept}") from error
+        return {name: _lines(parts) for name, parts in journals.items()}
+
+
+def _lines(journals: list[Path]) -> list[dict]:
+    return sorted((line for journal in journals for line in read_lines(journal)), key=lambda line: line["prompt_id"])
+
+
+@contextmanager
+def _ours(run: EvaluateRun, folder: Path) -> Iterator[None]:
+    """The folder is this evaluation's: it is begun, or holds samples of the same model, asked the same.
+
+    It is this process's alone, unless shards are shared out. Raises `UserError`.
+    """
+    with ExitStack() as stack:
+        lock = stack.enter_context(ExitStack())
+        lock.enter_context(lock_run_dir(folder, wait=run.shard is not None))
+        tree, data = as_tree(run), data_digests(as_tree(run)) | {"model.path": _weights_digest(run)}
+        if (folder / RUN_FILE).exists():
+            check_same(folder, EvaluateRun, tree, data, field="output")
+        else:
+            write_run_file(folder, "evaluate", tree, data)
+        if run.shard is not None:
+            lock.close()
+        yield
+
+
+def _weights_digest(run: EvaluateRun) -> str:
+    """SHA-256 of the model's weights, by their files' names; of a hub's model, of its name."""
+    files = sorted(Path(model_path(run.model)).glob("*.safetensors"))
+    named = [f"{file.name}:{sha256(file)}" for file in files] or [run.model.path]
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()

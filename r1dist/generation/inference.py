@@ -4,30 +4,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import Model
 from ..config import Rollout as RolloutSettings
 from ..data.templates import Template
 from ..models import weights_path
 from .engine import Engine
 from .local import load_engine
+from .vllm.limits import Demand, check_running
 from .vllm.start import connect_fixed, start_managed
 
 
 @contextmanager
-def fixed_engine(
-    rollout: RolloutSettings, model: Model, template: Template, tokens: int, folder: Path
-) -> Iterator[Engine]:
-    """The engine that `rollout` asks for, with `model`'s own weights; managed servers end with the context.
+def fixed_engine(rollout: RolloutSettings, demand: Demand, template: Template, folder: Path) -> Iterator[Engine]:
+    """The engine that `rollout` asks for, with `demand.model`'s own weights; managed servers end with the context.
 
     Args:
-        tokens: The longest prompt and completion together.
         folder: Where managed servers leave their logs.
+
+    Raises `UserError` where servers cannot do what `demand` says.
     """
+    model = demand.model
     if rollout.engine != "vllm":
         yield load_engine(model, template, rollout.batch_size)
         return
-    managed = rollout.servers == "managed"
-    servers = start_managed(rollout, weights_path(model), model.dtype, tokens, folder, trainers=0) if managed else None
+    started = None
+    if rollout.servers == "managed":
+        started = start_managed(rollout, weights_path(model), model.dtype, demand.tokens, folder, trainers=0)
+    else:
+        check_running(rollout, demand)
     try:
         engine = connect_fixed(rollout, folder, template.stop_ids)
         try:
@@ -35,5 +38,5 @@ def fixed_engine(
         finally:
             engine.close()
     finally:
-        if servers is not None:
-            servers.stop()
+        if started is not None:
+            started.stop()

@@ -1,10 +1,13 @@
 """Whether the stages did what they are there for: a recipe's goals against what was measured."""
 
+import functools
+
 from ..config.pipeline import Goal
 from .table import percent
 
 INTERVALS = {"accuracy": "ci95"}  # all others: the score's own name and _ci95
-SHARES = ("accuracy", "format", "finished", "language", "answered", "declined", "as_reference")
+SHARES = ("accuracy", "format", "finished", "language", "answered", "declined", "as_reference",
+          "cons_at_n")  # fmt: skip
 
 
 def judge(goal: Goal, stages: dict[str, dict]) -> dict | None:
@@ -36,8 +39,8 @@ def judge(goal: Goal, stages: dict[str, dict]) -> dict | None:
 
 def _measured(stage: dict | None, score: str) -> tuple[float, tuple[float, float]] | None:
     """The score and its interval, which is a point where none was measured."""
-    part, name = score.split(".")
-    scores = (stage or {}).get(part) or {}
+    *path, name = score.split(".")
+    scores = functools.reduce(lambda section, part: section.get(part) or {}, path, stage or {})
     if scores.get(name) is None:
         return None
     low, high = scores.get(INTERVALS.get(name, f"{name}_ci95")) or (scores[name], scores[name])
@@ -51,4 +54,4 @@ def _shown(goal: Goal, measured: tuple[float, tuple[float, float]]) -> str:
 
 
 def _number(goal: Goal, value: float) -> str:
-    return percent(value) if goal.score.split(".")[1] in SHARES else f"{value:.3g}"
+    return percent(value) if goal.score.rpartition(".")[2] in SHARES else f"{value:.3g}"

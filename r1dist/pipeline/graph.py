@@ -13,6 +13,7 @@ from ..config.engines import VLLM_MISSING, vllm_installed
 from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
 from ..errors import UserError
+from ..files import samples_folder
 
 EVALUATION = ".evaluation"
 
@@ -35,6 +36,7 @@ KINDS = {
     "sft": Kind("sft.py", SFTRun, trains=True, rolls_out=False),
     "reward_model": Kind("reward_model.py", RewardModelRun, trains=True, rolls_out=False, answers=False),
     "sample": Kind("sample.py", SampleRun, trains=False, rolls_out=True, answers=False),
+    "evaluate": Kind("evaluate.py", EvaluateRun, trains=False, rolls_out=True, answers=False),
 }
 
 
@@ -53,8 +55,8 @@ class Step:
     """The resolved configuration that the command will run with."""
     output: Path
     """What it leaves: a model's folder or a file."""
-    folder: Path | None
-    """The folder that is its own while it runs; None if it leaves one file."""
+    folder: Path
+    """The folder that is its own while it runs."""
     trains: bool
     accelerate: str | None = None
 
@@ -142,7 +144,7 @@ class Graph:
     def _ordered(self, steps: list[Step]) -> dict[str, Step]:
         """By name, each after what it needs; of those that are free an evaluation, then the YAML's first."""
         by_name = {step.name: step for step in steps}
-        places = {step.name: (step.folder is not None, place) for place, step in enumerate(steps)}
+        places = {step.name: (not step.name.endswith(EVALUATION), place) for place, step in enumerate(steps)}
         sorter = TopologicalSorter({step.name: step.needs for step in steps})
         try:
             sorter.prepare()
@@ -206,15 +208,18 @@ class Graph:
         for field, source in stage.evaluate_inputs.items():
             arguments += [f"--{field}", str(self.output(source))]
         arguments += self._engine()
+        run = parse(EvaluateRun, arguments)
+        if not run.data.sources or len(run.modes) < 2:
+            raise UserError(f"{config}: a stage's evaluation needs `data.sources`, and has no `modes` or `protocol`.")
         return Step(
             name=f"{stage.name}{EVALUATION}",
             stage=stage,
             uses=(stage.name, *stage.evaluate_inputs.values()),
             needs=self._trained([stage.name, *stage.evaluate_inputs.values()]),
             command=[sys.executable, str(self.launch / "evaluate.py"), *arguments],
-            config=as_tree(parse(EvaluateRun, arguments)),
+            config=as_tree(run),
             output=output,
-            folder=None,
+            folder=samples_folder(output),
             trains=False,
         )
 

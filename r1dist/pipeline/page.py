@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from ..files import METRICS, read_lines
+from ..files import METRICS, greedy_answers, read_lines
 from . import svg
 from .table import percent
 
@@ -161,8 +161,7 @@ def _data(stages: list[dict]) -> str:
 def _samples(folder: Path, stages: list[dict]) -> str:
     by_prompt: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for stage in stages:
-        path = folder / "evaluations" / f"{stage['name']}.completions.jsonl"
-        for row in read_lines(path) if path.exists() else []:
+        for row in greedy_answers(folder / "evaluations" / f"{stage['name']}.json"):
             by_prompt.setdefault((row["kind"], row["problem"]), []).append((stage["name"], row["text"]))
     taken: dict[str, int] = {}
     shown = ""

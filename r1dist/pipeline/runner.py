@@ -87,7 +87,7 @@ class Runner:
     def decide(self, step: Step, inputs: dict[str, str]) -> Decision:
         """Compare the step, with the digests of what it reads now, with its record."""
         record = self.manifest.steps.get(step.name)
-        there = step.output.exists() if step.folder is None else _holds_something(step.folder)
+        there = _holds_something(step.folder)
         if record is None:
             return Decision("again", "not in the manifest") if there else Decision("start", "not done yet")
         changed = differences(record["inputs"], inputs) + differences(record["settings"], settings_of(step, inputs))
@@ -188,14 +188,13 @@ class Runner:
 
     def _put_aside(self, step: Step) -> None:
         """Nothing is deleted: what is there moves to `superseded`."""
-        there = step.output if step.folder is None else step.folder
         attic = self.folder / "superseded"
         attic.mkdir(exist_ok=True)
         number = 1
-        while (attic / f"{there.name}.{number}").exists():
+        while (attic / f"{step.folder.name}.{number}").exists():
             number += 1
-        there.rename(attic / f"{there.name}.{number}")
-        print(f"  what was there is now in {attic / f'{there.name}.{number}'}", flush=True)
+        aside = step.folder.rename(attic / f"{step.folder.name}.{number}")
+        print(f"  what was there is now in {aside}", flush=True)
 
     def _summarise(self) -> dict:
         stages = []
@@ -209,7 +208,7 @@ class Runner:
             if evaluation.get("state") == "finished":
                 scores = json.loads(self.graph.steps[stage.name + EVALUATION].output.read_text())
                 entry |= {"eval": scores["greedy"], "sampled": scores["sampled"]}
-                entry |= {"requests": scores["requests"]} if "requests" in scores else {}
+                entry |= {part: scores[part] for part in ("requests", "benchmarks") if part in scores}
             if stage.kind == "sample":
                 entry["data"] = json.loads((self.folder / stage.name / "report.json").read_text())
             if stage.kind == "reward_model":

@@ -31,7 +31,7 @@ from ..data.mapping import kept, mapped
 from ..data.sources import load_labels, load_pairs
 from ..data.templates import Template, load_template
 from ..errors import UserError
-from ..evaluation.intervals import clustered_interval
+from ..evaluation.estimators import clustered_interval
 from ..files import write_json
 from ..models import check_lora, model_init_kwargs, weights_path
 from ..rewards.model import ModelReward, conversation_ids

@@ -62,7 +62,9 @@ VERIFIED = "verified"
 
 def verifiers_of(rewards: Iterable[str], sources: Iterable[Source]) -> dict[str, Callable[..., float | None]]:
     """The verifiers that these rewards and rows need of a pool, and `accuracy`, by which gold answers are checked."""
+    sources = list(sources)
     needed = {"accuracy", *rewards, *("task" for source in sources if has_tasks(source))}
+    needed |= {"code" for source in sources if source.tests is not None}
     return {name: function for name, function in VERIFIERS.items() if name in needed}
 
 

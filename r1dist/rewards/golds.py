@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..config.rewards import Reward
 from ..errors import UserError
+from .code.sandbox import require_sandbox
 from .pool import Pool
 
 if TYPE_CHECKING:  # nothing for a pool's workers to import
@@ -23,6 +24,25 @@ LACKING = {
     "task": ("no row is of a task", "`path: reasoning_gym`"),
     "code": ("no row has tests that can be run", "`tests` and `language`"),
 }
+
+
+def verifier_of(row: dict) -> str:
+    """What says whether an answer to `row` is right: `code` where it has tests, else `accuracy`."""
+    return "accuracy" if row["tests"] is None else "code"
+
+
+def check_answers(rows: "Dataset", pool: Pool, field: str) -> None:
+    """`check_golds` of `rows`, each by its `verifier_of`. Raises `UserError` where `code` has no sandbox, too."""
+    tests = rows["tests"]
+    for verifier, places in (
+        ("accuracy", [place for place, given in enumerate(tests) if given is None]),
+        ("code", [place for place, given in enumerate(tests) if given is not None]),
+    ):
+        if not places:
+            continue
+        if verifier == "code":
+            require_sandbox()
+        check_golds(verifier, rows if len(places) == len(rows) else rows.select(places), pool, field)
 
 
 def check_golds(verifier: str, rows: "Dataset", pool: Pool, field: str = "data.sources") -> None:

@@ -53,13 +53,14 @@ def _train(run: GRPORun, pool: Pool) -> None:
         template.require_thoughts(f"rewards.{name} is for replies that think")
     context = load_model_config(run.model).max_position_embeddings
     completion, seed = trl_value(run, "max_completion_length"), trl_value(run, "seed")
-    dataset = prompt_dataset(run.data, template, context, completion, run.prompting, seed)
+    contaminated: list[dict] = []
+    dataset = prompt_dataset(run.data, template, context, completion, run.prompting, seed, contaminated)
     arguments = grpo_arguments(run)
     check_rows(run, len(dataset))
     dtype = computing_dtype(arguments, run.model.dtype)
     rewards = Rewards(run.rewards, pool, dataset, dtype)
     servers = training_servers(run, dtype, template, dataset["prompt_ids"], arguments.process_index)
-    with run_folder(run, "grpo") as checkpoint, servers:
+    with run_folder(run, "grpo", contaminated) as checkpoint, servers:
         trainer = build_trainer(run, arguments, template, dataset, rewards)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

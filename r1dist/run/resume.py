@@ -18,7 +18,7 @@ from .checkpoints import STAGING, damage, read_state, step_of
 
 logger = logging.getLogger(__name__)
 
-DATA = re.compile(r"(?:^|\.)(?:(?:sources|holdout|mix)\.\d+\.path|prompting\.examples)$")
+DATA = re.compile(r"(?:^|\.)(?:(?:sources|against|holdout|mix)\.\d+\.path|prompting\.examples)$")
 
 
 def data_digests(tree: dict) -> dict[str, str]:
@@ -37,27 +37,28 @@ def _digest(path: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def check_same(folder: Path, run_class: type, tree: dict, data: dict[str, str]) -> None:
+def check_same(folder: Path, run_class: type, tree: dict, data: dict[str, str], field: str = "output_dir") -> None:
     """Raises `UserError`, which names the fields, if the run in `folder` has another configuration or other data.
 
     Args:
         tree: This configuration.
         data: Its `data_digests`. A run that recorded none is not checked for them.
+        field: Which names the folder.
     """
     recorded = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     if changed := changed_on_resume(run_class, recorded["config"], tree):
         shown = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in list(changed.items())[:5])
         raise UserError(
-            f"output_dir {folder} holds a run of another configuration: {shown}.\n"
-            "Restore these fields, or choose another output_dir. docs/configuration_reference.md says what may change."
+            f"{field} {folder} holds a run of another configuration: {shown}.\n"
+            f"Restore these fields, or choose another {field}. docs/configuration_reference.md says what may change."
         )
-    others = [field for field in differences(recorded.get("data", data), data) if not may_change(run_class, field)]
+    others = [name for name in differences(recorded.get("data", data), data) if not may_change(run_class, name)]
     if others:
-        fields = flat(tree)
-        shown = ", ".join(f"{fields[field]} (`{field}`)" for field in others[:5])
+        values = flat(tree)
+        shown = ", ".join(f"{values[name]} (`{name}`)" for name in others[:5])
         raise UserError(
-            f"output_dir {folder} holds a run with other data: {shown} has changed since it began.\n"
-            "Restore the data, or choose another output_dir."
+            f"{field} {folder} holds a run with other data: {shown} has changed since it began.\n"
+            f"Restore the data, or choose another {field}."
         )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,15 @@ def _schedule(arguments: TrainingArguments) -> None:
 
 
 @contextmanager
-def run_folder(run: GRPORun | SFTRun | RewardModelRun, launcher: str) -> Iterator[str | None]:
+def run_folder(
+    run: GRPORun | SFTRun | RewardModelRun, launcher: str, contaminated: Sequence[dict] = ()
+) -> Iterator[str | None]:
     """The run's folder, locked inside the context; yields the checkpoint to resume from, if any.
 
     All ranks wait for the first one's lock: a file that another rank wrote before it would look like
     another run's. Enter it after TRL's arguments are built, which join the process group. A `RunStopped` is
-    written to `ended.json`, since `accelerate launch` and `torchrun` do not pass exit codes on. Raises `UserError`.
+    written to `ended.json`, since `accelerate launch` and `torchrun` do not pass exit codes on. `contaminated`, the
+    rows that decontamination dropped, are listed in a file of their own. Raises `UserError`.
     """
     folder = Path(run.trl["output_dir"])
     first = PartialState().is_main_process
@@ -99,7 +102,7 @@ def run_folder(run: GRPORun | SFTRun | RewardModelRun, launcher: str) -> Iterato
             check_same(folder, type(run), as_tree(run), data)
     with lock_run_dir(folder) if first else nullcontext():
         if first:
-            write_run_file(folder, launcher, as_tree(run), data)
+            write_run_file(folder, launcher, as_tree(run), data, contaminated)
             (folder / ENDED).unlink(missing_ok=True)
         PartialState().wait_for_everyone()
         checkpoint = newest_checkpoint(folder, batch_shape(run)) if resume else None

@@ -1,30 +1,37 @@
 """`launch/sample.py`: draw what is missing, then choose among all that was drawn."""
 
+import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from datasets import Dataset
-
 from ..config import SampleRun
 from ..config.loader import as_tree
+from ..data.prompts import prompt_dataset
 from ..data.sources import load_conversations
+from ..data.templates import load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..files import RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
-from ..generation.engine import RolloutsLost
+from ..generation.engine import RolloutsLost, Sampling
+from ..generation.inference import fixed_engine
+from ..generation.vllm.limits import Demand
+from ..generation.vllm.start import check_servers
+from ..models import load_model_config
 from ..rewards import verifiers_of
-from ..rewards.golds import check_golds
+from ..rewards.golds import check_answers
 from ..rewards.pool import Pool
 from ..run.process import set_up_process
 from ..run.resume import check_same, data_digests
-from .draw import check_servers_of, draw, generator_prompts, generator_template
+from .draw import SamplingJob, draw
 from .select import Tally, filters_text, mixed, select
 from .select_prompts import PromptTally, select_prompts
+from .shards import shards
 
 logger = logging.getLogger(__name__)
 
@@ -42,36 +49,66 @@ def sample(run: SampleRun) -> dict:
     folder = Path(run.output_dir)
     verifiers = verifiers_of((), [source for generator in run.generators for source in generator.data.sources])
     with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
-        asked = _prompts(run, pool)
+        contaminated: list[dict] = []
+        jobs = _jobs(run, pool, contaminated)
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
-            for generator, prompts in zip(run.generators, asked, strict=True):
-                check_servers_of(run, generator, prompts)
+            for number, job in enumerate(jobs):
+                demand = _demand(run, number, job)
+                check_servers(run.rollout, demand, demand.model.dtype, trainers=0)
         with _ours(run, folder):
             with _turn(run, folder):
-                _begin(run, folder)
-            journals = {}
-            for number, generator in enumerate(run.generators):
-                try:
-                    journals[generator.name] = draw(run, number, asked[number], folder / SAMPLES, pool)
-                except (RolloutsLost, VerifiersBroken) as error:
-                    raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
+                _begin(run, folder, contaminated)
+            try:
+                journals = {job.name: _draw(run, number, job, pool) for number, job in enumerate(jobs)}
+            except (RolloutsLost, VerifiersBroken) as error:
+                raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
             with _turn(run, folder):
-                return _chosen_by_another(run, folder) or _choose(run, folder, journals, asked)
+                return _chosen_by_another(run, folder) or _choose(run, folder, journals, jobs)
 
 
-def _prompts(run: SampleRun, pool: Pool) -> list[Dataset]:
-    """What each generator asks. Raises `UserError` for data that cannot be used, `mix` included."""
+def _jobs(run: SampleRun, pool: Pool, contaminated: list[dict]) -> list[SamplingJob]:
+    """What each generator draws; what decontamination drops is added to `contaminated`.
+
+    Raises `UserError` for data that cannot be used, `mix` included.
+    """
     if run.mix:
         load_conversations(run.mix, run.seed)
-    asked = []
-    for number, generator in enumerate(run.generators):
-        template = generator_template(generator)
-        if run.filters.format and run.pass_rate is None:
-            template.require_thoughts("filters.format keeps replies that think")
-        asked.append(generator_prompts(run, generator, template))
+    jobs = []
+    for number in range(len(run.generators)):
+        jobs.append(sampling_job(run, number, contaminated))
         if run.filters.correct:
-            check_golds("accuracy", asked[-1], pool, f"generators.{number}.data.sources")
-    return asked
+            check_answers(jobs[-1].prompts, pool, f"generators.{number}.data.sources")
+    return jobs
+
+
+def sampling_job(run: SampleRun, number: int, contaminated: list[dict] | None = None) -> SamplingJob:
+    """What `run.generators[number]` draws; what its `data.decontaminate` drops is added to `contaminated`."""
+    generator = run.generators[number]
+    model, data, prompting, asked = generator.model, generator.data, generator.prompting, generator.sampling
+    template = load_template(model, data.template, prompting.prefill)
+    if run.filters.format and run.pass_rate is None:
+        template.require_thoughts("filters.format keeps replies that think")
+    context = load_model_config(model).max_position_embeddings
+    prompts = prompt_dataset(data, template, context, asked.max_tokens, prompting, run.seed, contaminated)
+    sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p)
+    return SamplingJob(generator.name, prompts, template, sampling, asked.samples, run.seed, stream=number)
+
+
+def _demand(run: SampleRun, number: int, job: SamplingJob) -> Demand:
+    model = run.generators[number].model
+    return Demand(model, job.template.tokenizer, job.longest, job.sampling.max_tokens, trains=False)
+
+
+def _draw(run: SampleRun, number: int, job: SamplingJob, pool: Pool) -> list[Path]:
+    folder = Path(run.output_dir) / SAMPLES
+    logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder
+    with ExitStack() as stack:
+
+        @functools.cache
+        def engine():
+            return stack.enter_context(fixed_engine(run.rollout, _demand(run, number, job), job.template, logs))
+
+        return draw(job, shards(folder, job.name, len(job.prompts), run.shard), run.rollout, engine, pool)
 
 
 def _ours(run: SampleRun, folder: Path) -> AbstractContextManager:
@@ -84,13 +121,13 @@ def _turn(run: SampleRun, folder: Path) -> AbstractContextManager:
     return nullcontext() if run.shard is None else lock_run_dir(folder, wait=True)
 
 
-def _begin(run: SampleRun, folder: Path) -> None:
+def _begin(run: SampleRun, folder: Path, contaminated: Sequence[dict] = ()) -> None:
     tree, data = as_tree(run), data_digests(as_tree(run))
     if (folder / RUN_FILE).exists():
         check_same(folder, SampleRun, tree, data)
     else:
         check_folder(folder, resume=False)
-    write_run_file(folder, "sample", tree, data)
+    write_run_file(folder, "sample", tree, data, contaminated)
     (folder / SAMPLES).mkdir(exist_ok=True)
 
 
@@ -108,7 +145,7 @@ def _settings(run: SampleRun) -> str:
     return hashlib.sha256(json.dumps([tree, data_digests(tree)], sort_keys=True).encode()).hexdigest()
 
 
-def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]], asked: list[Dataset]) -> dict:
+def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]], jobs: list[SamplingJob]) -> dict:
     keeps_prompts = run.pass_rate is not None
     tallies = {generator.name: PromptTally() if keeps_prompts else Tally() for generator in run.generators}
     what, field = ("prompt", "pass_rate") if keeps_prompts else ("sample", "filters")
@@ -116,10 +153,10 @@ def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]], asked
 
     def rows() -> Iterator[dict]:
         seen: set[str] = set()
-        for generator, prompts in zip(run.generators, asked, strict=True):
+        for generator, job in zip(run.generators, jobs, strict=True):
             drawn, tally = journals[generator.name], tallies[generator.name]
             if keeps_prompts:
-                yield from select_prompts(run, generator, drawn, prompts, seen, tally)
+                yield from select_prompts(run, generator, drawn, job.prompts, seen, tally)
             else:
                 yield from select(run, generator, drawn, seen, tally)
         if not any(tally.kept for tally in tallies.values()):

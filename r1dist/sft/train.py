@@ -35,7 +35,9 @@ def train(run: SFTRun) -> None:
     set_up_process(use_cpu=run.trl.get("use_cpu", False))
     template = load_template(run.model, run.data.template)
     check_lora(run.model)
-    dataset = completion_dataset(run.data, template, trl_value(run, "max_length"), trl_value(run, "seed"))
+    max_length, seed = trl_value(run, "max_length"), trl_value(run, "seed")
+    contaminated: list[dict] = []
+    dataset = completion_dataset(run.data, template, max_length, seed, contaminated)
     weights = weights_path(run.model)
     values = {**DEFAULTS, **hardware_defaults(run.trl, run.model.dtype)}
     kwargs = model_init_kwargs(run.model, values)
@@ -44,7 +46,7 @@ def train(run: SFTRun) -> None:
         warn_of_masks(kwargs["attn_implementation"])
     counts = arguments.packing and arguments.dataloader_drop_last
     check_rows(run, len(dataset), packed_blocks(dataset["length"], arguments) if counts else None)
-    with run_folder(run, "sft") as checkpoint:
+    with run_folder(run, "sft", contaminated) as checkpoint:
         trainer = SFTTrainer(
             model=weights,
             args=arguments,

@@ -1,49 +1,13 @@
 """Scores and their intervals, and the launcher that prints them."""
 
 import json
-import random
-from statistics import fmean
+import subprocess
+import time
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, kill_launched, launch, python, write_yaml
 
-from r1dist.evaluation.intervals import clustered_interval, wilson_interval
-
-
-def test_wilson_interval_against_known_values():
-    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
-    for (successes, trials), expected in {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (0, 20): (0.0, 0.1611),
-        (1, 29): (0.0061, 0.1718),
-    }.items():
-        assert wilson_interval(successes / trials, trials) == pytest.approx(expected, abs=5e-5)
-
-
-def test_one_sample_a_problem_is_nearly_wilson():
-    scores = [1.0] * 30 + [0.0] * 70
-    assert clustered_interval(scores) == pytest.approx(wilson_interval(0.3, 100), abs=2e-3)
-
-
-def test_samples_of_one_problem_count_for_less_than_problems():
-    alike = [1.0] * 30 + [0.0] * 70  # every sample of a problem agrees: only 100 trials
-    mixed = [0.3] * 50 + [0.25, 0.35] * 25  # problems are all alike: many independent trials
-    width = {name: high - low for name, (low, high) in {
-        "alike": clustered_interval(alike), "mixed": clustered_interval(mixed)
-    }.items()}  # fmt: skip
-    assert width["mixed"] < width["alike"] / 2
-
-
-def test_the_interval_covers_what_it_says():
-    rng = random.Random(0)
-    covered = 0
-    for _ in range(2000):
-        truths = [rng.betavariate(1, 2) for _ in range(60)]
-        rates = [fmean(rng.random() < truth for _ in range(4)) for truth in truths]
-        low, high = clustered_interval(rates)
-        covered += low <= 1 / 3 <= high
-    assert 0.93 <= covered / 2000 <= 0.97
+from r1dist.files import samples_folder
 
 
 def test_launcher(tmp_path):
@@ -58,8 +22,9 @@ def test_launcher(tmp_path):
         assert scores["problems"] == 40 and scores["samples"] == samples
         low, high = scores["ci95"]
         assert 0 <= low <= scores["accuracy"] <= high <= 1
-    again = launch("evaluate.py", *small)
-    assert json.loads(again.stdout) == result
+    assert result["sampled"]["pass_at_k"].keys() == {"1", "2"}
+    assert result["sampled"]["pass_at_k"]["1"] == pytest.approx(result["sampled"]["accuracy"])
+    assert result["greedy"]["cons_at_n"] is None
 
 
 def test_answers_that_no_verifier_can_read_are_refused(tmp_path):
@@ -77,3 +42,45 @@ def test_a_dry_run_loads_no_weights(tmp_path):
     done = launch("evaluate.py", "--config", config, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "494,032,768 parameters" in done.stdout
+
+
+def test_killed_at_any_moment_it_loses_and_repeats_nothing(tmp_path):
+    """Two benchmarks from local copies, a program that is judged by its tests, and samples of which each is kept."""
+    for name, problem, answer in (("gsm8k", "question", "answer"), ("math500", "problem", "answer")):
+        rows = [{problem: f"What is {n} + {n}?", answer: f"so #### {2 * n}" if name == "gsm8k" else str(2 * n)}
+                for n in range(1, 25)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program = {"q": "Print 1.", "tests": [{"stdin": "", "stdout": "1"}], "language": "python"}
+    (tmp_path / "programs.jsonl").write_text(json.dumps(program) + "\n")
+    source = {"path": str(tmp_path / "programs.jsonl"), "problem": "q", "tests": "tests", "language": "language"}
+    tree = {
+        "model": {"path": "tiny"},
+        "benchmarks": [
+            *({"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in ("gsm8k", "math500")),
+            {"name": "programs", "sources": [{**source, "kind": "code"}]},
+        ],
+        "sampling": {"samples": 2, "max_tokens": 24},
+        "rollout": {"engine": "transformers", "batch_size": 8},
+    }
+    config = write_yaml(tmp_path / "evaluate.yaml", tree)
+
+    def samples(output):
+        return {path.name: path.read_text() for path in samples_folder(output).glob("*.jsonl")}
+
+    undisturbed, killed = tmp_path / "undisturbed.json", tmp_path / "killed.json"
+    done = launch("evaluate.py", "--config", config, "--output", undisturbed)
+    assert done.returncode == 0, done.stderr
+    for lines in (3, 40):
+        process = subprocess.Popen([python(), "launch/evaluate.py", "--config", config, "--output", killed], cwd=ROOT)
+        while sum(text.count("\n") for text in samples(killed).values()) < lines and process.poll() is None:
+            time.sleep(0.01)
+        kill_launched()
+        process.wait()
+        assert not killed.exists()
+    done = launch("evaluate.py", "--config", config, "--output", killed)
+    assert done.returncode == 0, done.stderr
+    assert samples(killed) == samples(undisturbed) and len(samples(killed)) == 6
+    assert json.loads(killed.read_text()) == json.loads(undisturbed.read_text())
+    assert json.loads(done.stdout)["benchmarks"]["programs"]["sampled"]["cons_at_n"] is None
+    other = launch("evaluate.py", "--config", config, "--output", killed, "--sampling.temperature", "0.5")
+    assert other.returncode == 2 and "sampling.temperature was 1.0, is 0.5" in other.stderr

@@ -8,7 +8,7 @@ from conftest import ROOT, SMALL_GRPO, metrics, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from r1dist.data.tags import TAGS
-from r1dist.files import read_lines
+from r1dist.files import greedy_answers, read_lines
 from r1dist.tiny import BASE_DIR
 
 TURN, TEXT = "<|im_end|>", "<|endoftext|>"
@@ -123,5 +123,5 @@ def test_rl_and_evaluation_show_examples_and_begin_the_reply(launched, tmp_path)
     tree |= {"prompting": prompting, "sampling": {"samples": 1, "max_tokens": 16}, "output": str(tmp_path / "e.json")}
     tree["rollout"] = {"engine": "transformers"}
     launched("evaluate.py", "--config", write_yaml(tmp_path / "evaluate.yaml", tree))
-    texts = [row["text"] for row in read_lines(tmp_path / "e.completions.jsonl")]
+    texts = [row["text"] for row in greedy_answers(tmp_path / "e.json")]
     assert len(texts) == 8 and all(text.startswith("<think>Let me") for text in texts)

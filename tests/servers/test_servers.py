@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from r1dist.config import Model, Rollout
 from r1dist.errors import UserError
+from r1dist.files import greedy_answers
 from r1dist.generation.engine import Request, Sampling, generate, sample_seed
 from r1dist.generation.vllm.client import Client, ServerError, open_session
 from r1dist.generation.vllm.endpoints import Endpoints, ServerRegistry, read
@@ -274,8 +275,7 @@ def test_an_evaluation_by_servers_is_that_in_process(tmp_path):
         done = launch("evaluate.py", "--rollout.engine", engine, "--data.sources.0.limit", "24", "--output", output)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["sampled"]["problems"] == 24
-        rows = [json.loads(line) for line in output.with_suffix(".completions.jsonl").read_text().splitlines()]
-        texts[engine] = [row["text"] for row in rows]
+        texts[engine] = [row["text"] for row in greedy_answers(output)]
     assert len(texts["vllm"]) == 24
     # Greedy completions of the two may part where two tokens are equally likely up to rounding.
     assert sum(a == b for a, b in zip(*texts.values(), strict=True)) >= 22

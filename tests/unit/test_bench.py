@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT
 from transformers import Qwen2Config
 
-SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "scale", "first_run", "real")
+SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "decontaminate", "scale", "first_run",
+             "real")  # fmt: skip
 """Benches that name each figure in their source; others put the names together."""
 
 
@@ -180,8 +181,11 @@ def test_the_page_of_results_has_what_the_runs_files_say(tmp_path):
     step |= {"completions/mean_length": 20.0, "step_time": 30.0, "seconds/generate": 10.4, "seconds/train": 19.4}
     (tmp_path / "r1_zero/metrics.jsonl").write_text(json.dumps(step) + "\n")
     (tmp_path / "evaluations").mkdir()
-    answer = {"problem": "1 + 1 =", "answer": "2", "text": "<answer>2</answer>", "kind": "math"}
-    (tmp_path / "evaluations/r1_zero.completions.jsonl").write_text(json.dumps(answer) + "\n")
+    answer = {"prompt_id": 0, "problem": "1 + 1 =", "answer": "2", "kind": "math"}
+    (tmp_path / "evaluations/r1_zero.samples").mkdir()
+    (tmp_path / "evaluations/r1_zero.samples/data-greedy.jsonl").write_text(
+        json.dumps({**answer, "samples": [{"text": "<answer>2</answer>"}]}) + "\n"
+    )
     (tmp_path / "transfer").mkdir()
     few = {"problems": 60, **scores}
     (tmp_path / "transfer/svamp-r1_zero.json").write_text(json.dumps({"greedy": few, "sampled": few}))

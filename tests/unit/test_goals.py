@@ -51,6 +51,14 @@ def test_what_a_goal_says_holds_both_numbers():
     assert judged == {"stage": "middle", "text": "middle: requests safety 0.58, above low's 0.5", "met": True}
 
 
+def test_a_goal_may_be_of_a_benchmark():
+    part = {"cons_at_n": 0.75, "cons_at_n_ci95": [0.7, 0.8]}
+    stages = {"high": {"benchmarks": {"math500": {"sampled": part}}}}
+    judged = judge(Goal(stage="high", score="benchmarks.math500.sampled.cons_at_n", at_least=0.7), stages)
+    assert judged["met"] and judged["text"].endswith("sampled cons at n 75.0 % [70.0 %, 80.0 %], at least 70.0 %")
+    assert judge(Goal(stage="high", score="benchmarks.gsm8k.sampled.cons_at_n", at_least=0.7), stages) is None
+
+
 @pytest.mark.parametrize(
     "goal",
     [

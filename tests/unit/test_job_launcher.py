@@ -5,8 +5,9 @@ from conftest import ROOT, write_yaml
 
 from r1dist.cluster.allocation import Cluster
 from r1dist.cluster.job_launcher import JobLauncher
-from r1dist.config import SampleRun
+from r1dist.config import EvaluateRun, SampleRun
 from r1dist.config.loader import parse
+from r1dist.errors import UserError
 
 HERE = Cluster(None, ("localhost",), ("127.0.0.1",))
 TWO_NODES = Cluster("7", ("n1", "n2"), ("10.0.0.1", "10.0.0.2"))
@@ -46,6 +47,20 @@ def test_servers_that_sample_take_every_gpu_of_a_node(tmp_path, cluster, gib, se
     run = parse(SampleRun, words[script + 1 :])
     assert (run.rollout.serve.replicas, run.rollout.serve.tensor_parallel) == servers and run.shard == shard
     assert planned(tmp_path, cluster, "--shard", "16").count("--shard") == 1
+
+
+@pytest.mark.parametrize(("engine", "processes"), [("transformers", 8), ("vllm", 1)])
+def test_evaluations_use_every_gpu_of_every_node(tmp_path, engine, processes):
+    arguments = ["--model.path", "Qwen/Qwen2.5-7B", "--benchmarks", "gsm8k", "--rollout.engine", engine]
+    arguments += ["--placement.gpus_per_node", "8", "--placement.gpu_gib", "80"]
+    with pytest.raises(UserError, match="output: name the file for the scores"):
+        JobLauncher("evaluate", arguments, TWO_NODES, [], ROOT / "launch")
+    output = str(tmp_path / "scores.json")
+    job = JobLauncher("evaluate", [*arguments, "--output", output], TWO_NODES, [], ROOT / "launch")
+    words = job._work(29500)
+    run = parse(EvaluateRun, words[words.index(str(ROOT / "launch" / "evaluate.py")) + 1 :])
+    assert run.shard == 64 and run.output == output and run.rollout.serve.replicas == (8 if processes == 1 else 1)
+    assert ("torch.distributed.run" in words) == (processes > 1) and job.logs.parent == tmp_path / "scores.samples"
 
 
 def test_a_training_that_asks_for_cpus_is_placed_on_them(tmp_path, small_grpo, monkeypatch):

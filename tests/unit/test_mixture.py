@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 
@@ -14,21 +15,21 @@ from r1dist.data.sources import load_conversations, load_problems
 from r1dist.data.templates import load_template
 from r1dist.errors import UserError
 from r1dist.rl import train as rl
-from r1dist.sampling.draw import generator_prompts, generator_template
+from r1dist.sampling.run import sampling_job
 from r1dist.sampling.select import mixed
 from r1dist.sft import train as sft
 
 TALK = {"problem": "problem", "completion": "answer"}
 
 
-def source(tmp_path, name: str, count: int, **fields) -> dict:
-    path = tmp_path / f"{name}.jsonl"
-    path.write_text("".join(json.dumps({"problem": f"{name}{n}", "answer": str(n)}) + "\n" for n in range(count)))
+def source(tmp_path, name: str, numbers: Iterable[int], file: str | None = None, **fields) -> dict:
+    path = tmp_path / f"{file or name}.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{name}{n}", "answer": str(n)}) + "\n" for n in numbers))
     return {"path": str(path), "problem": "problem", "answer": "answer", **fields}
 
 
 def sources(tmp_path, *shapes: tuple[str, int, float | None]) -> list[dict]:
-    return [source(tmp_path, name, count, weight=weight) for name, count, weight in shapes]
+    return [source(tmp_path, name, range(count), weight=weight) for name, count, weight in shapes]
 
 
 def problems(given: list[dict], *arguments) -> list[str]:
@@ -78,11 +79,34 @@ def test_prompts_have_an_id_each_also_those_that_come_again(tmp_path):
     assert len(lengths) == len(load_conversations(talk.sources, 3)) != len(load_conversations(talk.sources, 4))
 
 
+def test_shares_are_of_what_decontamination_leaves(tmp_path, template):
+    given = sources(tmp_path, ("a", 60, 1), ("b", 20, 1))
+    kept = [source(tmp_path, "a", range(40, 60), "kept", weight=1), given[1]]
+    against = [source(tmp_path, "a", range(40), "tests")]
+    data = Data(sources=given, stopping_strategy="all_exhausted", decontaminate={"against": against})
+    dropped: list[dict] = []
+    rows = prompt_dataset(data, template, 512, 8, seed=3, contaminated=dropped)
+    assert rows["problem"] == problems(kept, 3, "all_exhausted")
+    assert [row["problem"] for row in dropped] == [f"a{n}" for n in range(40)]
+    talk = Data(sources=[{**one, **TALK} for one in given], decontaminate={"against": against})
+    taught = len(completion_dataset(talk, template, None, seed=3))
+    assert taught == len(load_conversations([Source(**{**one, **TALK}) for one in kept], 3))
+
+
+def test_a_source_with_a_weight_keeps_a_row(tmp_path, template):
+    given = sources(tmp_path, ("a", 3, 1), ("b", 3, 1))
+    against = {"against": [{**given[1], "weight": None}]}
+    with pytest.raises(UserError, match=r"data.decontaminate: no row of .*b.jsonl is left, which has a `weight`"):
+        prompt_dataset(Data(sources=given, decontaminate=against), template, 512, 8)
+    whole = [{**one, "weight": None} for one in given]
+    assert len(prompt_dataset(Data(sources=whole, decontaminate=against), template, 512, 8)) == 3
+
+
 def test_launchers_mix_by_the_seed_of_the_run(tmp_path, small_grpo, monkeypatch):
     given = sources(tmp_path, ("a", 30, 1), ("b", 30, 1))
 
     def asked(*arguments):
-        raise InterruptedError(arguments[-1])
+        raise InterruptedError(arguments[-2])
 
     trees = {"prompt_dataset": (rl, rl.train, GRPORun, {}), "completion_dataset": (sft, sft.train, SFTRun, TALK)}
     shared = {name: small_grpo[name] for name in ("model", "output_dir")} | {"use_cpu": True, "seed": 7}
@@ -94,8 +118,7 @@ def test_launchers_mix_by_the_seed_of_the_run(tmp_path, small_grpo, monkeypatch)
             train(build(run_class, tree, "run.yaml"))
     generator = {**GENERATOR, "data": {"sources": given}, "sampling": {"max_tokens": 8}}
     run = build(SampleRun, {"output_dir": "x", "generators": [generator], "seed": 7}, "run.yaml")
-    rows = generator_prompts(run, run.generators[0], generator_template(run.generators[0]))
-    assert rows["problem"] == problems(given, 7) != problems(given, 0)
+    assert sampling_job(run, 0).prompts["problem"] == problems(given, 7) != problems(given, 0)
 
 
 def test_what_sampling_adds_may_be_mixed(tmp_path):
@@ -138,6 +161,21 @@ GENERATOR = {"name": "one", **MODEL, "data": {"sources": [TINY]}}
             EvaluateRun,
             {"data": {"sources": [TINY]}, "requests": {"sources": [WEIGHTED]}},
             "`requests.sources.0.weight`: these rows are not mixed",
+        ),
+        (
+            EvaluateRun,
+            {"benchmarks": [{"name": "mine", "sources": [WEIGHTED]}]},
+            "`benchmarks.0.sources.0.weight`: these rows are not mixed",
+        ),
+        (
+            EvaluateRun,
+            {"data": {"sources": [TINY], "stopping_strategy": "all_exhausted"}},
+            "`data.stopping_strategy` is not a field",
+        ),
+        (
+            SFTRun,
+            {"data": {"sources": [TINY], "decontaminate": {"against": [WEIGHTED]}}},
+            "`data.decontaminate.against.0.weight`: these rows are not mixed",
         ),
         (RewardModelRun, {"loss": "pairwise", "sources": [WEIGHTED]}, "`sources.0.weight`: these rows are not mixed"),
         (

@@ -4,6 +4,7 @@ import html.parser
 import json
 import re
 
+from r1dist.files import samples_folder
 from r1dist.pipeline.page import write_page
 
 SCORES = {"accuracy": 0.5, "ci95": [0.4, 0.6], "format": 1.0, "language": 0.25, "language_ci95": [0.2, 0.3]}
@@ -45,8 +46,11 @@ def test_the_page_has_every_stage_and_loads_nothing(tmp_path):
     (tmp_path / "last" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "evaluations").mkdir()
     for name in ("base", "last"):
-        row = {"problem": "1 < 2?", "kind": "math", "text": f"<think>{name}</think><script>alert(1)</script>"}
-        (tmp_path / "evaluations" / f"{name}.completions.jsonl").write_text(json.dumps(row) + "\n")
+        sample = {"text": f"<think>{name}</think><script>alert(1)</script>"}
+        row = {"prompt_id": 0, "problem": "1 < 2?", "answer": None, "kind": "math", "samples": [sample]}
+        samples = samples_folder(tmp_path / "evaluations" / f"{name}.json")
+        samples.mkdir()
+        (samples / "data-greedy.jsonl").write_text(json.dumps(row) + "\n")
     edges = [("base", "cold"), ("cold", "last"), ("judge", "last"), ("base", "absent")]
     goals = [{"stage": "last", "text": "last < base", "met": False, "note": "Too <small>."}]
     text = write_page(tmp_path, {"seed": 5, "stages": stages, "goals": goals}, edges).read_text()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from r1dist.config import Data, Filters, Generator, GRPORun, Model, SampleRun, Source
+from r1dist.config import Data, Filters, Generator, GRPORun, Model, SampleRun, Sampling, Source
 from r1dist.config.loader import build
 from r1dist.data import gym
 from r1dist.data.prompts import prompt_dataset
@@ -12,8 +12,11 @@ from r1dist.data.sources import load_problems
 from r1dist.data.templates import load_template
 from r1dist.errors import UserError
 from r1dist.files import append_lines
+from r1dist.generation.engine import Rollout
 from r1dist.rewards import verifiers_of
 from r1dist.rewards.task import accuracy
+from r1dist.sampling.draw import lines
+from r1dist.sampling.run import sampling_job
 from r1dist.sampling.select_prompts import PromptTally, select_prompts
 
 TURNS = [
@@ -113,6 +116,32 @@ def test_samples_of_other_prompts_are_refused(tmp_path):
         prompts = prompt_dataset(generator.data, load_template(generator.model, "chat"), 4096, 8)
         append_lines(tmp_path / "policy.jsonl", [line(0, "other?", 1)])
         list(select_prompts(run, generator, [tmp_path / "policy.jsonl"], prompts, set(), PromptTally()))
+
+
+class Writer:
+    """An engine whose samples of a prompt are these texts."""
+
+    def __init__(self, template, texts: list[str]):
+        self.replies = [template.tokenizer(text)["input_ids"] for text in texts]
+
+    def stream(self, requests, sampling):
+        for place, request in enumerate(requests):
+            ids = self.replies[request.sample_index]
+            yield place, Rollout(request, ids, [0.0] * len(ids), "stop", 0)
+
+
+def test_programs_are_right_by_their_tests(tmp_path, pool):
+    row = {"q": "Print twice the number.", "t": [*TESTS, {"stdin": "3", "stdout": "6"}], "l": "python"}
+    source = Source(path=jsonl(tmp_path / "rows.jsonl", [row]), problem="q", tests="t", language="l", kind="code")
+    asked = {"data": Data(sources=[source]), "sampling": Sampling(max_tokens=64)}
+    generator = Generator(name="policy", model=Model(path="tiny"), **asked)
+    run = SampleRun(output_dir="x", generators=[generator], pass_rate=[0.2, 0.8])
+    job = sampling_job(run, 0)
+    programs = ["print(2 * int(input()))", "print(2)", "print(", "n = int(input())\nprint(n + n)"]
+    engine = Writer(job.template, [f"```python\n{program}\n```" for program in programs])
+    append_lines(tmp_path / "policy.jsonl", list(lines(job, job.prompts, run.rollout, engine, pool, set())))
+    (found,) = select_prompts(run, generator, [tmp_path / "policy.jsonl"], job.prompts, set(), PromptTally())
+    assert found["pass_rate"] == 0.5 and json.loads(found["tests"]) == row["t"]
 
 
 @pytest.mark.parametrize(

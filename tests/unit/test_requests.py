@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from r1dist.config import Data, EvaluateRun, Model, Requests, Source
+from r1dist.config import EvaluateRun, Model, Requests, Source
 from r1dist.errors import UserError
-from r1dist.evaluation.requests import answer_requests, request_dataset, score_replies
-from r1dist.generation.engine import Rollout
+from r1dist.evaluation.requests import request_dataset, score_replies
+from r1dist.generation.engine import Rollout, Sampling
+from r1dist.sampling.draw import SamplingJob, lines
 from r1dist.tiny import talk
 
 
@@ -58,20 +59,21 @@ def test_replies_are_counted_as_what_they_are(template):
     ]
     sources = [Source(path="tiny_talk", split="test", kind="talk", limit=4)]
     sources += [Source(path="tiny_unsafe", split="test", kind="unsafe", limit=2)]
-    run = EvaluateRun(model=Model(path="tiny"), data=Data(sources=sources), requests=Requests(sources=sources))
+    run = EvaluateRun(model=Model(path="tiny"), requests=Requests(sources=sources))
     asked = request_dataset(run, template, 2048)
-    answered = answer_requests(run, Says(template.tokenizer, replies), template, asked)
-    scores, completions = score_replies(run, asked, *answered)
+    job = SamplingJob("requests", asked, template, Sampling(64, temperature=0), 1, 0, verified=False)
+    said = list(lines(job, asked, run.rollout, Says(template.tokenizer, replies), None, set()))
+    scores = score_replies(run, asked, said)
     assert (scores.requests, scores.answered, scores.declined) == (6, 1 / 4, 1 / 2)
     assert scores.as_reference == pytest.approx(1 / 6)
     assert scores.helpfulness is None and scores.safety is None
-    assert [row["text"] for row in completions] == replies and completions[4]["kind"] == "unsafe"
-    assert [row["problem"] for row in completions] == [row["problem"] for row in harmless + unsafe]
+    assert [line["samples"][0]["text"] for line in said] == replies and said[4]["kind"] == "unsafe"
+    assert [line["problem"] for line in said] == [row["problem"] for row in harmless + unsafe]
 
 
 def test_reward_models_that_are_not_there_are_missed_before_anything_is_generated(tmp_path, template):
     sources = [Source(path="tiny_talk", split="test", kind="talk", limit=4)]
     requests = Requests(sources=sources, safety=str(tmp_path))
-    run = EvaluateRun(model=Model(path="tiny"), data=Data(sources=sources), requests=requests)
+    run = EvaluateRun(model=Model(path="tiny"), requests=requests)
     with pytest.raises(UserError, match=r"requests\.safety: .* holds no reward model"):
         request_dataset(run, template, 2048)

@@ -19,7 +19,7 @@ from r1dist.models import load_tokenizer
 from r1dist.rewards.format import has_format
 from r1dist.rewards.model import conversation_ids
 from r1dist.rl.train import _train
-from r1dist.sampling.run import _prompts
+from r1dist.sampling.run import _jobs
 from r1dist.tiny import BASE_DIR
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -251,7 +251,7 @@ def test_where_the_prompt_ends_the_thought_nothing_that_needs_one_is_asked_for(t
         _train(build(GRPORun, {**tree, "rewards": {"format": 1}}, "test"), None)
     generator = Generator(name="g", model=Model(path=str(model)), data=Data(sources=[Source(path="tiny", limit=4)]))
     with pytest.raises(UserError, match=r"filters\.format keeps replies that think, and the chat template"):
-        _prompts(SampleRun(output_dir="unused", generators=[generator]), None)
+        _jobs(SampleRun(output_dir="unused", generators=[generator]), None, [])
 
 
 def test_rows_that_a_template_refuses_are_counted(tmp_path, caplog):

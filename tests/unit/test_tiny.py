@@ -1,5 +1,6 @@
 """The embedded base model is what its code says it is, and behaves like a raw base model."""
 
+import functools
 import itertools
 import json
 import re
@@ -12,14 +13,15 @@ from corpus import FIRST_HABITS, LAST_HABITS, chat_prompt, documents
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from r1dist.config import EvaluateRun
+from r1dist.config import Data, EvaluateRun
 from r1dist.config.loader import parse
 from r1dist.data.prompts import prompt_dataset
 from r1dist.data.templates import load_template
-from r1dist.evaluation.evaluate import measure
+from r1dist.evaluation.scores import measures, scores_of
 from r1dist.generation.engine import Sampling
 from r1dist.generation.local import load_engine
 from r1dist.rewards.language import language_share
+from r1dist.sampling.draw import SamplingJob, lines
 from r1dist.tiny import EMBEDDED, talk
 from r1dist.tiny.problems import Problem, generate
 from r1dist.tiny.worked import rows
@@ -97,11 +99,19 @@ def test_worked_rows_are_right_and_in_english():
 def scores(template, pool):
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 300
-    dataset = prompt_dataset(run.data, template, 512, run.sampling.max_tokens)
+    dataset = prompt_dataset(Data(sources=run.data.sources), template, 512, run.sampling.max_tokens)
     engine = load_engine(run.model, template, 256)
-    greedy, _ = measure(run, engine, template, dataset, Sampling(112, temperature=0), 1, pool)
-    sampled, _ = measure(run, engine, template, dataset, Sampling(112), 4, pool)
-    return greedy, sampled
+
+    def scores(sampling, samples):
+        return scored(run, template, dataset, sampling, samples, engine, pool)
+
+    return scores(Sampling(112, temperature=0), 1), scores(Sampling(112), 4)
+
+
+def scored(run, template, prompts, sampling, samples, engine, pool):
+    measure = functools.partial(measures, target="en")
+    job = SamplingJob("base", prompts, template, sampling, samples, seed=0, measure=measure)
+    return scores_of(list(lines(job, prompts, run.rollout, engine, pool, set())), pool)
 
 
 def test_asked_the_base_mostly_answers_at_once_and_is_mostly_wrong(scores):
@@ -117,8 +127,7 @@ def test_thinking_pays(pool):
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 200
     template = load_template(run.model, "chat", prefill="<think>Let me work it out.")
-    started = prompt_dataset(run.data, template, 512, 112)
-    scores, _ = measure(
-        run, load_engine(run.model, template, 256), template, started, Sampling(112, temperature=0), 1, pool
-    )
+    started = prompt_dataset(Data(sources=run.data.sources), template, 512, 112)
+    engine = load_engine(run.model, template, 256)
+    scores = scored(run, template, started, Sampling(112, temperature=0), 1, engine, pool)
     assert 0.6 <= scores.accuracy <= 0.95

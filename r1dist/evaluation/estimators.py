@@ -1,8 +1,17 @@
-"""Means of scores with their confidence intervals."""
+"""Estimates from several samples of each problem, and their confidence intervals."""
 
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, variance
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The unbiased estimate of the chance that one of `k` samples is right, from `right` of `samples`.
+
+    1 - C(samples - right, k) / C(samples, k); Chen et al. 2021 (arXiv 2107.03374), equation 1. `k` is at most
+    `samples`.
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def wilson_interval(share: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
