@@ -61,7 +61,10 @@ AIMS: dict[str, dict[str, Aim]] = {
     },
     "sync": {"shm_share": Aim("share of a step that new weights take to a server, 0.5B parameters", 0.05, "lower")},
     "checkpoint": {"save_ratio": Aim("seconds that training waits for a checkpoint, over TRL's", 1.1, "lower")},
-    "sample": {"throughput_ratio": Aim("tokens per second of rejection sampling over its engine's alone", 0.9)},
+    "sample": {
+        "throughput_ratio": Aim("tokens per second of rejection sampling over its engine's alone", 0.9),
+        "evaluation_ratio": Aim("the same of an evaluation, all of its scores included", 0.9),
+    },
     "decontaminate": {
         "seconds_800k": Aim("seconds to compare 800,000 training rows with 4,373 test problems", 300, "lower")
     },
