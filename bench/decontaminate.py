@@ -41,7 +41,7 @@ def main() -> None:
     rows = training_rows(options.data / "gsm8k" / "train.jsonl", options.rows)
     against = [Source(path=str(options.data / f"{name}.jsonl"), problem=column) for name, column in TESTS.items()]
     began = time.perf_counter()
-    _, dropped = decontaminate(rows, Decontaminate(against=against))
+    _, dropped = decontaminate([rows], Decontaminate(against=against))
     seconds = time.perf_counter() - began
     first = rows[:1000]["problem"]
     show(

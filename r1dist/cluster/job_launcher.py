@@ -314,9 +314,7 @@ def folder_of(run) -> Path:
     if not isinstance(run, EvaluateRun):
         return Path(run.output_dir if isinstance(run, SampleRun) else run.trl["output_dir"])
     if run.output is None:
-        raise UserError(
-            "output: name the file for the scores; the samples and the logs will be in a folder beside it."
-        )
+        raise UserError("output: name the file for the scores; samples and logs will be in a folder beside it.")
     return samples_folder(Path(run.output))
 
 
@@ -371,7 +369,7 @@ def longest(run: GRPORun) -> int:
     context = load_model_config(run.model).max_position_embeddings
     completion = trl_value(run, "max_completion_length")
     template = load_template(run.model, run.data.template, run.prompting.prefill)
-    rows = prompt_dataset(run.data, template, context, completion, run.prompting)
+    rows = prompt_dataset(run.data, template, context, completion, run.prompting, trl_value(run, "seed"))
     return max(rows["prompt_length"]) + completion
 
 

@@ -35,6 +35,10 @@ class Data:
     template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
     """`chat`: the tokenizer's chat template. `r1_zero`: the report's plain-text template for base models.
     `r1_zero_chat`: the chat template with the report's instruction as the system prompt."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] | None = None
+    """With weights, where the mixture ends, as in `datasets.interleave_datasets`. `first_exhausted`, the default: with
+    the first source that has no further row; what others have left is not used. `all_exhausted`: once every row was
+    used; sources that are at their end begin again."""
     decontaminate: Decontaminate | None = None
     """Drop the rows that share words with test problems."""
     eval: MayChange[Annotated[list[Benchmark], BeforeValidator(entries)]] = Field(default_factory=list)

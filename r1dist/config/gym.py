@@ -2,13 +2,14 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError, did_you_mean
-from .source import Source
+from .source import Source, sources_in
 
 PATH = "reasoning_gym"
 """What `path` of such a source is."""
@@ -32,7 +33,7 @@ def tasks() -> dict[str, tuple[type, type]]:
         from reasoning_gym.factory import DATASETS  # two seconds, and matplotlib: only for those that ask for a task
     except ModuleNotFoundError as error:
         raise UserError(
-            f"data.sources: `path: {PATH}` needs the package {error.name}, which is not installed in this "
+            f"data.sources: rows of `{PATH}` need the package {error.name}, which is not installed in this "
             "environment.\n`pip install -e '.[gym]'` adds it."
         ) from error
     return DATASETS
@@ -69,13 +70,22 @@ def create(task: str, config: dict[str, Any], seed: int = 0) -> Any:
         raise UserError(f"`config`: task `{task}` refuses it: {error or 'without a reason'}; got {config}.") from error
 
 
+def has_tasks(source: Source) -> bool:
+    """Whether rows of `source` may be of a task."""
+    return source.path == PATH or source.entry is not None
+
+
 def check_tasks(run: Any, where: str) -> None:
     """Raises `UserError`, which names the file `where`, for a source in `run` whose task cannot be used."""
-    for name, source in _sources(run, ""):
+    for name, source in sources_in(run):
         if source.path != PATH:
             if source.task is not None or source.config is not None:
                 raise UserError(f"{where}: `{name}`: `task` and `config` are of `path: {PATH}`, not of {source.path}.")
+            if source.entry is not None:
+                _check_entry(source, f"{where}: `{name}`")
             continue
+        if source.entry is not None:
+            raise UserError(f"{where}: `{name}`: `entry` is of files; rows of `path: {PATH}` have one already.")
         if source.task is None:
             raise UserError(f"{where}: `{name}`: `path: {PATH}` needs `task`, such as `chain_sum`.")
         if source.split not in SPLITS:
@@ -86,16 +96,10 @@ def check_tasks(run: Any, where: str) -> None:
             raise UserError(f"{where}: `{name}`: {error}") from error
 
 
-def _sources(section: Any, name: str) -> Iterator[tuple[str, Source]]:
-    """(dotted name, source) of each source in a section."""
-    if isinstance(section, Source):
-        yield name, section
-    elif dataclasses.is_dataclass(section):
-        for field in dataclasses.fields(section):
-            yield from _sources(getattr(section, field.name), f"{name}.{field.name}".lstrip("."))
-    elif isinstance(section, list):
-        for index, item in enumerate(section):
-            yield from _sources(item, f"{name}.{index}")
+def _check_entry(source: Source, where: str) -> None:
+    if Path(source.path).suffix != ".jsonl":  # no hub id, so that nobody else's code is run
+        raise UserError(f"{where}: `entry` is of .jsonl files that launch/sample.py made, not of {source.path}.")
+    tasks()
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

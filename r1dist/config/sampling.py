@@ -11,7 +11,7 @@ from .rewards import STRICT, Verify
 from .rollout import Rollout
 from .source import Source
 from .train import PlacementConfig
-from .values import PathText, Seed
+from .values import Bounds, PathText, Seed
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -99,13 +99,16 @@ class Generator:
 
 @dataclass(config=STRICT, kw_only=True)
 class SampleRun:
-    """`launch/sample.py`: samples drawn, verified, filtered, and written as a dataset."""
+    """`launch/sample.py`: samples drawn, verified, filtered, and written as a dataset, of them or of their prompts."""
 
     output_dir: MayChange[PathText]
     generators: list[Generator] = Field(min_length=1)
     """Where samples come from."""
     filters: MayChange[Filters] = Field(default_factory=Filters)
     """Which of them are kept."""
+    pass_rate: MayChange[Bounds | None] = None
+    """[least, most] share of right samples. Set, the rows are the prompts whose share lies within, for
+    `launch/grpo.py`, and `filters`, `mix`, `refine` and `per_prompt`, which are of samples, must be left out."""
     rows: MayChange[PositiveInt | None] = None
     """Rows wanted of all generators together, of prompts that the seed draws. Unset: as many as there are."""
     mix: MayChange[list[Source]] = Field(default_factory=list)

@@ -1,10 +1,13 @@
 """Where rows come from."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from .resumable import MayChange
 from .rewards import STRICT
 from .values import PathText, Seed
 
@@ -58,11 +61,31 @@ class Source:
     HumanEval's tests ask."""
     language: str | None = None
     """Column with the language of the program, `python` or `cpp`."""
+    entry: str | None = None
+    """Column with the task's own item, in a file that `launch/sample.py` made of `reasoning_gym`'s prompts. Scorers
+    may run a part of it as code: never name a column of a file from elsewhere."""
     system: str | None = None
     """Column with a system prompt. Ignored for the templates that bring their own."""
     kind: str = "math"
     """What the row is about; rewards may look at it."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the mixture, relative to the other sources' weights; all of a list have one or none has. Unset: one
+    source after another, with all of its rows."""
     limit: PositiveInt | None = None
     """Take only the first rows. For `tiny` and `reasoning_gym`, the number of problems to generate."""
+    stream: MayChange[bool] = False
+    """Read no more than the first `limit` rows, instead of all of a hub dataset, folder or file."""
     seed: Seed = 0
     """Seed of generated rows."""
+
+
+def sources_in(section: Any, name: str = "") -> Iterator[tuple[str, Source]]:
+    """(dotted name, source) of each source in a section."""
+    if isinstance(section, Source):
+        yield name, section
+    elif dataclasses.is_dataclass(section):
+        for field in dataclasses.fields(section):
+            yield from sources_in(getattr(section, field.name), f"{name}.{field.name}".lstrip("."))
+    elif isinstance(section, list):
+        for index, item in enumerate(section):
+            yield from sources_in(item, f"{name}.{index}")

@@ -1,12 +1,13 @@
 """What the trainers do beyond TRL's fields, and where they run."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from .resumable import MayChange
 from .rewards import STRICT
+from .values import Bounds
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -46,7 +47,7 @@ class TrainRL(Train):
     """Times at most that groups with equal rewards are replaced by other prompts' (DAPO). 0: never."""
     activation_offload: MayChange[bool] = False
     """Keep activations in the host's memory until the backward pass: slower, for longer rollouts. GPUs only."""
-    pass_rate: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    pass_rate: Bounds | None = None
     """[least, most] share of right answers. From the second epoch on, a prompt with a rate outside when it
     was last asked is replaced by one within. Unset: every epoch has every prompt once."""
     token_budget: MayChange[PositiveInt | None] = None

@@ -3,12 +3,14 @@
 from typing import Any
 
 from ..errors import UserError
+from .data import Data
 from .gym import PATH as GYM
-from .gym import check_tasks
+from .gym import check_tasks, has_tasks
 from .objective import LOSS_TYPES
 from .rewards import check_rewards
 from .runs import EvaluateRun, GRPORun, RewardModelRun, SFTRun, TrainingRun
-from .sampling import SampleRun
+from .sampling import Filters, SampleRun
+from .source import Source, sources_in
 from .trl_fields import micro_steps_per_generation, trl_value
 from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO, UNSUPPORTED_IN_REWARD_MODELS
 
@@ -25,8 +27,11 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     Raises `UserError`.
     """
     check_tasks(run, where)
+    _check_streams(run, where)
+    _check_weights(run, where)
     if isinstance(run, SampleRun):
         _check_generators(run)
+        _check_prompt_filter(run, where)
     if isinstance(run, SampleRun | EvaluateRun):
         _check_servers(run, where)
     if isinstance(run, EvaluateRun):
@@ -42,7 +47,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     if not isinstance(run, GRPORun):
         return
     check_rewards(run.rewards)
-    if "task" in run.rewards and all(source.path != GYM for source in run.data.sources):
+    if "task" in run.rewards and not any(has_tasks(source) for source in run.data.sources):
         raise UserError(f"{where}: `rewards.task` is for rows of a task, but `data.sources` has no `path: {GYM}`.")
     _check_servers(run, where)
     _check_objective(run, where)
@@ -61,6 +66,73 @@ def _check_generators(run: SampleRun) -> None:
         raise UserError("generators: `data.eval` is for training, and nothing is trained here; leave it out.")
     if run.rows is None and any(generator.share < 1 for generator in run.generators):
         raise UserError("generators: a `share` below 1 needs `rows`, the number that it is a share of.")
+
+
+def _check_streams(run: Any, where: str) -> None:
+    for name, source in sources_in(run):
+        if source.stream and source.limit is None:
+            raise UserError(f"{where}: `{name}.stream` needs `limit`, the number of rows to read.")
+
+
+def _check_weights(run: Any, where: str) -> None:
+    """All sources of a list have a weight or none has, and only where a mixture is made of them."""
+    mixed = _mixed(run)
+    for name, source in sources_in(run):
+        if source.weight is not None and name.rpartition(".")[0] not in mixed:
+            raise UserError(f"{where}: `{name}.weight`: these rows are not mixed, but all used; leave it out.")
+    for name, sources in mixed.items():
+        without = [number for number, source in enumerate(sources) if source.weight is None]
+        if 0 < len(without) < len(sources):
+            raise UserError(
+                f"{where}: `{name}.{without[0]}` has no `weight`, but others of `{name}` have.\nGive all of them one, "
+                "or none: then each is used whole."
+            )
+    for name, data in _data_of(run).items():
+        if data.stopping_strategy is not None and data.sources[0].weight is None:
+            raise UserError(f"{where}: `{name}.stopping_strategy` is of sources with a `weight`; leave it out.")
+
+
+def _mixed(run: Any) -> dict[str, list[Source]]:
+    """Dotted name -> the lists of sources that may have weights."""
+    lists = {f"{name}.sources": data.sources for name, data in _data_of(run).items()}
+    return lists | ({"mix": run.mix} if isinstance(run, SampleRun) else {})
+
+
+def _data_of(run: Any) -> dict[str, Data]:
+    if isinstance(run, SampleRun):
+        return {f"generators.{number}.data": generator.data for number, generator in enumerate(run.generators)}
+    return {"data": run.data} if isinstance(run, GRPORun | SFTRun) else {}
+
+
+def _check_prompt_filter(run: SampleRun, where: str) -> None:
+    """With `pass_rate`, nothing is set that is of samples, and each generator draws enough for some rate within."""
+    if run.pass_rate is None:
+        return
+    _check_shares(run.pass_rate, f"{where}: `pass_rate`")
+    least, most = run.pass_rate
+    of_samples = {"filters": run.filters != Filters(), "mix": bool(run.mix)}
+    for number, generator in enumerate(run.generators):
+        of_samples[f"generators.{number}.refine"] = generator.refine is not None
+        of_samples[f"generators.{number}.per_prompt"] = generator.per_prompt > 1
+    for field, is_set in of_samples.items():
+        if is_set:
+            raise UserError(f"{where}: with `pass_rate` the rows are prompts, and `{field}` is of samples; drop one.")
+    for number, generator in enumerate(run.generators):
+        sampling, field = generator.sampling, f"generators.{number}.sampling"
+        samples = sampling.samples if sampling.temperature > 0 else 1  # all alike
+        if not any(least <= right / samples <= most for right in range(samples + 1)):
+            steps = "0 or 1" if samples == 1 else f"multiples of 1/{samples}"
+            mend = f"`{field}.samples`" if sampling.temperature > 0 else f"`{field}.temperature`, which is 0"
+            raise UserError(
+                f"{where}: no prompt can have a `pass_rate` within [{least:g}, {most:g}]: rates are {steps} "
+                f"here.\nRaise {mend}, or widen `pass_rate`."
+            )
+
+
+def _check_shares(bounds: list[float], field: str) -> None:
+    least, most = bounds
+    if not 0 <= least <= most <= 1:
+        raise UserError(f"{field} is [{least:g}, {most:g}]; it is [least, most], both from 0 to 1.")
 
 
 def _check_evaluation(run: EvaluateRun, where: str) -> None:
@@ -171,9 +243,7 @@ def _check_staleness(run: GRPORun, where: str) -> None:
 def _check_pass_rate(run: GRPORun, where: str) -> None:
     if run.train.pass_rate is None:
         return
-    least, most = run.train.pass_rate
-    if not 0 <= least <= most <= 1:
-        raise UserError(f"{where}: `train.pass_rate` is [{least:g}, {most:g}]; it is [least, most], both from 0 to 1.")
+    _check_shares(run.train.pass_rate, f"{where}: `train.pass_rate`")
     if not run.rewards.keys() & {"accuracy", "task"}:
         raise UserError(
             f"{where}: `train.pass_rate` is a share of right answers, but `rewards` has no `accuracy` and no `task`."

@@ -40,5 +40,7 @@ PathTexts = Annotated[str, AfterValidator(_paths)]
 """Several, with commas between them."""
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 """The name of a variable."""
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+"""[least, most]."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What Python, NumPy and torch all take."""

@@ -87,14 +87,14 @@ def words(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def decontaminate(rows: Dataset, settings: Decontaminate) -> tuple[Dataset, list[dict]]:
+def decontaminate(parts: list[Dataset], settings: Decontaminate) -> tuple[list[Dataset], list[dict]]:
     """The rows of which no question shares words with a test problem, and what is known of the others.
 
     Args:
-        rows: As `load_problems` or `load_conversations` gives them.
+        parts: Rows of each source, as `load_problems` or `load_conversations` gives them.
 
-    Returns the rows that are left, and for each dropped one a dictionary: `source` and `problem`, the question;
-    `test_source` and `test_problem`; `shared`, the words in common. Raises `UserError` if no row is left.
+    Returns the rows of each that are left, and for each dropped one a dictionary: `source` and `problem`, the
+    question; `test_source` and `test_problem`; `shared`, the words in common. Raises `UserError` if no row is left.
     """
     tests = [(_name(source), problem) for source in settings.against for problem in _questions(source)]
     index = ProblemIndex((problem for _, problem in tests), settings.ngram)
@@ -103,6 +103,33 @@ def decontaminate(rows: Dataset, settings: Decontaminate) -> tuple[Dataset, list
             "data.decontaminate: %d of %d test problems have no words and are not looked for",
             index.without_words, len(tests),
         )  # fmt: skip
+    left, dropped = [], []
+    for rows in parts:
+        clean, found = _compared(rows, index, tests)
+        left.append(clean)
+        dropped += found
+    total = sum(map(len, parts))
+    if not dropped:
+        logger.info("data.decontaminate: no row of %d shares words with a test problem", total)
+        return parts, dropped
+    _log(dropped, total)
+    if not any(map(len, left)):
+        raise UserError(
+            f"data.decontaminate: all of the {total} rows share words with problems of `against`.\n"
+            "Name training rows in `data.sources`, or raise `ngram`."
+        )
+    return left, dropped
+
+
+def questions(row: dict) -> list[str]:
+    """What the user says in a row of `load_problems` or `load_conversations`."""
+    if "messages" in row:
+        return [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
+    return [*(exchange["question"] for exchange in row["earlier"]), row["problem"]]
+
+
+def _compared(rows: Dataset, index: ProblemIndex, tests: list[tuple[str, str]]) -> tuple[Dataset, list[dict]]:
+    """`decontaminate` of one source's rows; `tests` are the (source, problem) in `index`."""
     left, dropped = [], []
     columns = [name for name in ("problem", "earlier", "messages", "source") if name in rows.features]
     for place, row in enumerate(rows.select_columns(columns)):  # completions are long, and not read
@@ -114,23 +141,7 @@ def decontaminate(rows: Dataset, settings: Decontaminate) -> tuple[Dataset, list
         test_source, test_problem = tests[shared.problem]
         dropped.append({"source": row["source"], "problem": problem, "test_source": test_source,
                         "test_problem": test_problem, "shared": shared.words})  # fmt: skip
-    if not dropped:
-        logger.info("data.decontaminate: no row of %d shares words with a test problem", len(rows))
-        return rows, dropped
-    _log(dropped, len(rows))
-    if not left:
-        raise UserError(
-            f"data.decontaminate: all of the {len(rows)} rows share words with problems of `against`.\n"
-            "Name training rows in `data.sources`, or raise `ngram`."
-        )
-    return rows.select(left), dropped
-
-
-def questions(row: dict) -> list[str]:
-    """What the user says in a row of `load_problems` or `load_conversations`."""
-    if "messages" in row:
-        return [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
-    return [*(exchange["question"] for exchange in row["earlier"]), row["problem"]]
+    return rows.select(left) if dropped else rows, dropped
 
 
 def _questions(source: Source) -> list[str]:

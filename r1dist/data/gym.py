@@ -1,6 +1,7 @@
 """Rows of reasoning-gym's procedural tasks: questions that no two splits share, with what their scorers need."""
 
 import ast
+import functools
 import hashlib
 import itertools
 import logging
@@ -17,6 +18,7 @@ from ..config import Source
 from ..config.gym import CHUNK, PATH, create
 from ..errors import UserError
 from ..tiny.problems import split_of
+from .formats import UnusableRow
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,33 @@ def rows(source: Source) -> list[dict]:
                     f"{where}: `limit` is {wanted}, but {drawn} items had {len(found)} distinct questions of the "
                     f"split `{source.split}`.\nLower `limit`, or set `config` so that there are more."
                 )
+
+
+def checked_entry(text: str | None) -> str | None:
+    """The `entry` of a row that was written to a file; None for a row of no task.
+
+    Raises `UnusableRow` for what is no such entry, and for a task that cannot be used.
+    """
+    if text is None:
+        return None
+    try:
+        entry = ast.literal_eval(text)
+        task, config, _ = str(entry["task"]), dict(entry["config"]), entry["item"]
+    except (ValueError, SyntaxError, TypeError, KeyError) as error:
+        raise UnusableRow("an `entry` that is none") from error
+    if (refusal := _refusal(task, repr(config))) is not None:
+        raise UnusableRow(f"an `entry` that cannot be used: {refusal}")
+    return text
+
+
+@functools.cache
+def _refusal(task: str, config: str) -> str | None:
+    """Why rows of that task cannot be scored, None if they can be."""
+    try:
+        create(task, ast.literal_eval(config))
+    except UserError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _chunk_seed(seed: int, chunk: int) -> int:

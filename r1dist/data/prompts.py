@@ -1,5 +1,6 @@
 """The datasets that the trainers and the evaluation are given."""
 
+import functools
 import logging
 
 from datasets import Dataset
@@ -21,15 +22,18 @@ def prompt_dataset(
     context: int,
     completion: int,
     prompting: Prompting | None = None,
+    seed: int = 0,
     contaminated: list[dict] | None = None,
 ) -> Dataset:
     """Rows with `prompt`, `prompt_id`, `prompt_ids`, `prompt_length` (tokens), and `load_problems`' columns.
 
     A prompt that leaves less than `completion` of the model's `context` tokens is dropped and counted. Of
-    `prompting`, the examples and the instruction stand in the prompt. What `data.decontaminate` drops is added to
-    `contaminated`.
+    `prompting`, the examples and the instruction stand in the prompt. `seed` is that of the mixture, where sources
+    have weights, which are shares of the rows before any is dropped for its length. What `data.decontaminate` drops
+    before that is added to `contaminated`.
     """
-    rows = _decontaminated(load_problems(data.sources), data, contaminated)
+    clean = functools.partial(_decontaminated, data, contaminated)
+    rows = load_problems(data.sources, seed, data.stopping_strategy, clean)
     examples = load_examples(prompting) if prompting else []
     instruction = f"\n{prompting.instruction}" if prompting and prompting.instruction else ""
 
@@ -40,7 +44,7 @@ def prompt_dataset(
         made = {"prompt": prompt, "prompt_id": index, "prompt_ids": ids, "prompt_length": len(ids)}
         return {**made, "refusal": refusal}
 
-    rows = _usable(mapped(rows, convert, with_indices=True, remove_columns=["system"]))
+    rows = _usable(mapped(rows, convert, with_indices=True))
     if examples and not template.holds(rows[0]["prompt"], [completion for _, completion in examples]):
         raise UserError(
             f"prompting.examples: the chat template of {template.model} drops a part of earlier replies, so that the "
@@ -73,15 +77,16 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
 
 
 def completion_dataset(
-    data: Data, template: Template, max_length: int | None, contaminated: list[dict] | None = None
+    data: Data, template: Template, max_length: int | None, seed: int = 0, contaminated: list[dict] | None = None
 ) -> Dataset:
     """Rows with `input_ids`, their number `length`, and `completion_mask` (1 on the reply and what ends it).
 
     A row of more than `max_length` tokens is dropped and counted, since packing would cut it in two; so is one that
     the chat template refuses. Raises `UserError` if none is left, or if the template keeps replies from thinking.
-    What `data.decontaminate` drops is added to `contaminated`.
+    `seed` is that of the mixture, as in `prompt_dataset`, and `contaminated` grows as there.
     """
-    rows = _decontaminated(load_conversations(data.sources), data, contaminated)
+    clean = functools.partial(_decontaminated, data, contaminated)
+    rows = load_conversations(data.sources, seed, data.stopping_strategy, clean)
     if any("<think>" in completion for completion in rows["completion"]):
         template.require_thoughts("data.sources: there are replies that think")
 
@@ -109,13 +114,14 @@ def completion_dataset(
     return fitting
 
 
-def _decontaminated(rows: Dataset, data: Data, contaminated: list[dict] | None) -> Dataset:
+def _decontaminated(data: Data, contaminated: list[dict] | None, parts: list[Dataset]) -> list[Dataset]:
+    """The rows of each source that `data.decontaminate` leaves."""
     if data.decontaminate is None:
-        return rows
-    rows, found = decontaminate(rows, data.decontaminate)
+        return parts
+    parts, found = decontaminate(parts, data.decontaminate)
     if contaminated is not None:
         contaminated += found
-    return rows
+    return parts
 
 
 def _prompt_ids(template: Template, prompt: str | list[dict]) -> tuple[list[int], str | None]:

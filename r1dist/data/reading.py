@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, LargeList, List, load_dataset
+from datasets import Dataset, LargeList, List, load_dataset, load_dataset_builder
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError
 from datasets.features import Json
+from datasets.fingerprint import Hasher
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow import ArrowInvalid
 
@@ -41,6 +42,8 @@ def read(source: Source) -> Dataset:
     if source.path in GENERATED:
         if source.split not in SPLITS:
             raise UserError(f"data.sources: {source.path} has no split `{source.split}`; it has {', '.join(SPLITS)}.")
+        if source.stream:
+            raise UserError(f"data.sources: `stream` is of what is stored; {source.path} is generated. Leave it out.")
         return Dataset.from_list(GENERATED[source.path](source)[: source.limit])
     path = Path(source.path)
     if path.is_file() and path.suffix not in READERS:
@@ -152,6 +155,8 @@ def _from_arrow(source: Source, path: Path) -> Dataset:
 
 def _load(source: Source, *arguments: Any, **options: Any) -> Dataset:
     try:
+        if source.stream:
+            return _first_rows(source.limit, *arguments, **options)
         return load_dataset(*arguments, **options)
     except (DatasetGenerationError, ArrowInvalid) as error:
         cause = " ".join(str(error.__cause__ or error).split())
@@ -170,6 +175,14 @@ def _load(source: Source, *arguments: Any, **options: Any) -> Dataset:
         raise UserError(
             f"data.sources: {source.path} with `subset` {source.subset} and `split` {source.split}: {cause}"
         ) from error
+
+
+def _first_rows(limit: int, *arguments: Any, split: str, **options: Any) -> Dataset:
+    """The first rows of what `load_dataset` would read. They are cached as long as the data stay the same."""
+    builder = load_dataset_builder(*arguments, **options)
+    rows = builder.as_streaming_dataset(split=split).take(limit)
+    fingerprint = Hasher.hash([builder.cache_dir, split, limit])  # `cache_dir` is that of this version of the data
+    return Dataset.from_generator(rows.__iter__, features=rows.features, fingerprint=fingerprint)
 
 
 def _no_rows(source: Source) -> UserError:

@@ -20,7 +20,9 @@ from ..config.gym import PATH as GYM
 from ..errors import UserError
 from .choices import CHOICES, choice_question, right_choice
 from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewrite_hashes, rewrite_stratos, turns
+from .gym import checked_entry
 from .mapping import mapped
+from .mixture import combined
 from .programs import program_tests
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
@@ -42,25 +44,40 @@ REASONS = 5
 """At most so many are named of why rows were left out."""
 
 
-def load_problems(sources: list[Source]) -> Dataset:
+def load_problems(
+    sources: list[Source],
+    seed: int = 0,
+    stopping_strategy: str | None = None,
+    clean: Callable[[list[Dataset]], list[Dataset]] | None = None,
+) -> Dataset:
     """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests`, `language` and `entry`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
-    source holds lists of equally right answers, `answer` is a list in all rows.
+    source holds lists of equally right answers, `answer` is a list in all rows. With weights, `combined` takes `seed`
+    and `stopping_strategy`. `clean` is given the rows of each source, and drops some, before they are combined.
     """
     parts = [_problems(_with_columns(source)) for source in sources]
     if any(part.features["answer"] == List(TEXT) for part in parts):
         parts = [mapped(part, _listed, features=Features(LISTED)) for part in parts]
-    return concatenate_datasets(parts)
+    return combined(sources, clean(parts) if clean else parts, seed, stopping_strategy)
 
 
 def _listed(row: dict) -> dict:
     return {"answer": [row["answer"]] if isinstance(row["answer"], str) else row["answer"]}
 
 
-def load_conversations(sources: list[Source]) -> Dataset:
-    """All rows with `messages` (the turns before the completion), `completion`, `source` and `kind`."""
-    return concatenate_datasets([_conversations(_with_columns(source)) for source in sources])
+def load_conversations(
+    sources: list[Source],
+    seed: int = 0,
+    stopping_strategy: str | None = None,
+    clean: Callable[[list[Dataset]], list[Dataset]] | None = None,
+) -> Dataset:
+    """All rows with `messages` (the turns before the completion), `completion`, `source` and `kind`.
+
+    `seed`, `stopping_strategy` and `clean` as in `load_problems`.
+    """
+    parts = [_conversations(_with_columns(source)) for source in sources]
+    return combined(sources, clean(parts) if clean else parts, seed, stopping_strategy)
 
 
 def load_questions(source: Source) -> list[str]:
@@ -131,7 +148,8 @@ def _with_columns(source: Source) -> Source:
     """The generated sources' columns need not be named: they are ours."""
     if source.path not in GENERATED:
         return source
-    ours = ("problem", "answer", "completion", "chosen", "rejected", "label")
+    ours = ["problem", "answer", "completion", "chosen", "rejected", "label"]
+    ours += ["entry"] if source.path == GYM else []
     return replace(source, **{name: name for name in ours})
 
 
@@ -154,7 +172,7 @@ def _problems(source: Source) -> Dataset:
     columns = {"problem": source.problem, "answer": source.answer}
     if source.answer is None and source.kind != "math":
         del columns["answer"]
-    further = ("tests", "language", "system", "choices")
+    further = ("tests", "language", "system", "choices", "entry")
     columns |= {field: named for field in further if (named := getattr(source, field)) is not None}
     require_columns(source, raw, columns)
     listed = source.answer is not None and holds_lists(raw, source.answer)
@@ -171,7 +189,8 @@ def _problems(source: Source) -> Dataset:
         gold = answer(row)
         if source.choices is not None:
             problem, gold = _with_choices(source, row, problem)
-        entry = row["entry"] if source.path == GYM else None
+        entry = value_of(row, source.entry) if source.entry else None
+        entry = entry if source.path == GYM else checked_entry(entry)
         if gold is None and source.kind == "math" and entry is None:
             raise UnusableRow(f"no answer in column `{source.answer}` read as `{source.answer_format}`")
         tests = program_tests(value_of(row, source.tests), source.tests_format, row) if source.tests else None

@@ -151,7 +151,8 @@ def _data(stages: list[dict]) -> str:
             dropped = ", ".join(
                 f"{count} {why}" for why, count in sorted(tally["dropped"].items(), key=lambda i: -i[1])
             )
-            rows.append((name, str(tally["samples"]), str(tally["kept"]), dropped or "none"))
+            drawn = f"{tally['prompts']} prompts" if "pass_rates" in tally else str(tally["samples"])
+            rows.append((name, drawn, str(tally["kept"]), dropped or "none"))
         rows += [(source, "", str(count), "taken as it is") for source, count in stage["data"]["mixed"].items()]
         shown += f"<h3>{escape(stage['name'])}</h3>" + _table(("generator", "samples", "kept", "dropped"), rows)
     return f"<h2>Data that was made</h2>{shown}" if shown else ""

@@ -10,7 +10,7 @@ from concurrent.futures import Future, as_completed
 from typing import TYPE_CHECKING, Any
 
 from ..config import Source
-from ..config.gym import PATH as GYM
+from ..config.gym import has_tasks
 from ..config.rewards import Reward, check_rewards, parameters
 from ..errors import VerifiersBroken
 from .code.reward import code, code_format
@@ -63,7 +63,7 @@ VERIFIED = "verified"
 def verifiers_of(rewards: Iterable[str], sources: Iterable[Source]) -> dict[str, Callable[..., float | None]]:
     """The verifiers that these rewards and rows need of a pool, and `accuracy`, by which gold answers are checked."""
     sources = list(sources)
-    needed = {"accuracy", *rewards, *("task" for source in sources if source.path == GYM)}
+    needed = {"accuracy", *rewards, *("task" for source in sources if has_tasks(source))}
     needed |= {"code" for source in sources if source.tests is not None}
     return {name: function for name, function in VERIFIERS.items() if name in needed}
 

@@ -53,9 +53,9 @@ def _train(run: GRPORun, pool: Pool) -> None:
     for name in run.rewards.keys() & THINKING:
         template.require_thoughts(f"rewards.{name} is for replies that think")
     context = load_model_config(run.model).max_position_embeddings
-    completion = trl_value(run, "max_completion_length")
+    completion, seed = trl_value(run, "max_completion_length"), trl_value(run, "seed")
     contaminated: list[dict] = []
-    dataset = prompt_dataset(run.data, template, context, completion, run.prompting, contaminated)
+    dataset = prompt_dataset(run.data, template, context, completion, run.prompting, seed, contaminated)
     arguments = grpo_arguments(run)
     check_rows(run, len(dataset))
     dtype = computing_dtype(arguments, run.model.dtype)

@@ -30,6 +30,7 @@ from ..run.process import set_up_process
 from ..run.resume import check_same, data_digests
 from .draw import SamplingJob, draw
 from .select import Tally, filters_text, mixed, select
+from .select_prompts import PromptTally, select_prompts
 from .shards import shards
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def sample(run: SampleRun) -> dict:
             except (RolloutsLost, VerifiersBroken) as error:
                 raise RunStopped(f"{error}\nThe samples so far are kept; the same command continues.") from error
             with _turn(run, folder):
-                return _chosen_by_another(run, folder) or _choose(run, folder, journals)
+                return _chosen_by_another(run, folder) or _choose(run, folder, journals, jobs)
 
 
 def _jobs(run: SampleRun, pool: Pool, contaminated: list[dict]) -> list[SamplingJob]:
@@ -71,12 +72,10 @@ def _jobs(run: SampleRun, pool: Pool, contaminated: list[dict]) -> list[Sampling
     Raises `UserError` for data that cannot be used, `mix` included.
     """
     if run.mix:
-        load_conversations(run.mix)
+        load_conversations(run.mix, run.seed)
     jobs = []
     for number in range(len(run.generators)):
         jobs.append(sampling_job(run, number, contaminated))
-        if run.filters.format:
-            jobs[-1].template.require_thoughts("filters.format keeps replies that think")
         if run.filters.correct:
             check_answers(jobs[-1].prompts, pool, f"generators.{number}.data.sources")
     return jobs
@@ -87,8 +86,10 @@ def sampling_job(run: SampleRun, number: int, contaminated: list[dict] | None = 
     generator = run.generators[number]
     model, data, prompting, asked = generator.model, generator.data, generator.prompting, generator.sampling
     template = load_template(model, data.template, prompting.prefill)
+    if run.filters.format and run.pass_rate is None:
+        template.require_thoughts("filters.format keeps replies that think")
     context = load_model_config(model).max_position_embeddings
-    prompts = prompt_dataset(data, template, context, asked.max_tokens, prompting, contaminated)
+    prompts = prompt_dataset(data, template, context, asked.max_tokens, prompting, run.seed, contaminated)
     sampling = Sampling(asked.max_tokens, asked.temperature, asked.top_p)
     return SamplingJob(generator.name, prompts, template, sampling, asked.samples, run.seed, stream=number)
 
@@ -144,16 +145,22 @@ def _settings(run: SampleRun) -> str:
     return hashlib.sha256(json.dumps([tree, data_digests(tree)], sort_keys=True).encode()).hexdigest()
 
 
-def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> dict:
-    tallies = {generator.name: Tally() for generator in run.generators}
+def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]], jobs: list[SamplingJob]) -> dict:
+    keeps_prompts = run.pass_rate is not None
+    tallies = {generator.name: PromptTally() if keeps_prompts else Tally() for generator in run.generators}
+    what, field = ("prompt", "pass_rate") if keeps_prompts else ("sample", "filters")
     further: dict[str, int] = {}
 
     def rows() -> Iterator[dict]:
         seen: set[str] = set()
-        for generator in run.generators:
-            yield from select(run, generator, journals[generator.name], seen, tallies[generator.name])
+        for generator, job in zip(run.generators, jobs, strict=True):
+            drawn, tally = journals[generator.name], tallies[generator.name]
+            if keeps_prompts:
+                yield from select_prompts(run, generator, drawn, job.prompts, seen, tally)
+            else:
+                yield from select(run, generator, drawn, seen, tally)
         if not any(tally.kept for tally in tallies.values()):
-            raise UserError(f"filters: no sample is left. {filters_text(tallies)}.")
+            raise UserError(f"{field}: no {what} is left. {filters_text(tallies, what)}.")
         for row in mixed(run):
             further[row["source"]] = further.get(row["source"], 0) + 1
             yield row
@@ -171,5 +178,5 @@ def _choose(run: SampleRun, folder: Path, journals: dict[str, list[Path]]) -> di
     }
     write_json(folder / REPORT, report)
     os.replace(partial, folder / ROWS)
-    logger.info("%d rows in %s; %s", report["rows"], folder / ROWS, filters_text(tallies))
+    logger.info("%d rows in %s; %s", report["rows"], folder / ROWS, filters_text(tallies, what))
     return report

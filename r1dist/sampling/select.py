@@ -1,4 +1,4 @@
-"""From the journals to the dataset: filters, a bound of rows for each prompt, no text twice, further rows added."""
+"""From the journals to a dataset of samples: filters, bounds of rows, no text twice, further rows added."""
 
 import json
 import random
@@ -30,8 +30,8 @@ def select(run: SampleRun, generator: Generator, journals: list[Path], seen: set
     They come in the order of its prompts, with `run.rows` in one that the seed draws, so that they are no particular
     ones. `seen` holds the completions of the rows so far, of all generators, with white space and case taken out.
     """
-    quota = None if run.rows is None else round(run.rows * generator.share)
-    for line in _by_prompt(journals, None if run.rows is None else f"{run.seed}:{generator.name}"):
+    quota = row_quota(run, generator)
+    for line in by_prompt(run, generator, journals):
         taken = 0
         tally.prompts += 1
         for index, raw in enumerate(line["samples"]):
@@ -60,25 +60,33 @@ def select(run: SampleRun, generator: Generator, journals: list[Path], seen: set
 
 
 def mixed(run: SampleRun) -> Iterator[dict]:
-    """The rows of `run.mix`, as they are."""
-    for row in load_conversations(run.mix) if run.mix else []:
+    """The rows of `run.mix`, as they are; with weights, mixed by them until the first source has no further row."""
+    for row in load_conversations(run.mix, run.seed) if run.mix else []:
         reply = {"role": "assistant", "content": row["completion"]}
         common = {"answer": None, "source": row["source"], "kind": row["kind"], "provenance": None}
         yield {"messages": [*row["messages"], reply], **common}
 
 
-def filters_text(tallies: dict[str, Tally]) -> str:
-    """How many samples each filter removed, by generator, as a sentence."""
+def filters_text(tallies: dict[str, Tally], what: str) -> str:
+    """How many of `what` ("sample" or "prompt") each filter removed, by generator, as a sentence."""
     parts = []
     for name, tally in tallies.items():
         by_count = sorted(tally.dropped.items(), key=lambda item: -item[1])
         taken = ", ".join(f"{count} {reason}" for reason, count in by_count)
-        parts.append(f"{name}: {tally.samples} samples, dropped {taken or 'none'}")
+        parts.append(f"{name}: {getattr(tally, what + 's')} {what}s, dropped {taken or 'none'}")
     return "; ".join(parts)
 
 
-def _by_prompt(journals: list[Path], seed: str | None) -> Iterator[dict]:
-    """The journals' lines by prompt, whichever was finished first, or shuffled by `seed`; one at a time in memory."""
+def row_quota(run: SampleRun, generator: Generator) -> int | None:
+    """Most rows that `generator` may give; None: as many as there are."""
+    return None if run.rows is None else round(run.rows * generator.share)
+
+
+def by_prompt(run: SampleRun, generator: Generator, journals: list[Path]) -> Iterator[dict]:
+    """The journals' lines by prompt, whichever was finished first; with `run.rows`, in an order that the seed draws.
+
+    One at a time is in memory.
+    """
     places = {}
     for journal in journals:
         with journal.open("rb") as file:
@@ -87,8 +95,8 @@ def _by_prompt(journals: list[Path], seed: str | None) -> Iterator[dict]:
                 places[json.loads(line)["prompt_id"]] = (journal, place)
                 place += len(line)
     prompts = sorted(places)
-    if seed is not None:
-        random.Random(seed).shuffle(prompts)
+    if run.rows is not None:
+        random.Random(f"{run.seed}:{generator.name}").shuffle(prompts)
     for prompt in prompts:
         journal, place = places[prompt]
         with journal.open("rb") as file:

@@ -63,8 +63,9 @@ def train(run: SFTRun) -> None:
 def _train(run: SFTRun, pool: Pool | None) -> None:
     template = load_template(run.model, run.data.template)
     check_lora(run.model)
+    max_length, seed = trl_value(run, "max_length"), trl_value(run, "seed")
     contaminated: list[dict] = []
-    dataset = completion_dataset(run.data, template, trl_value(run, "max_length"), contaminated)
+    dataset = completion_dataset(run.data, template, max_length, seed, contaminated)
     weights = weights_path(run.model)
     values = {**DEFAULTS, **hardware_defaults(run.trl, run.model.dtype)}
     kwargs = model_init_kwargs(run.model, values)

@@ -10,6 +10,7 @@ import pytest
 from conftest import launch, write_yaml
 
 from r1dist.config import Data, Filters, Generator, Model, Refine, SampleRun, Source
+from r1dist.data.sources import load_problems
 from r1dist.files import append_lines
 from r1dist.rewards.repetition import repetition_share
 from r1dist.sampling.filters import Sample, fault, refine, scores
@@ -219,6 +220,25 @@ def test_when_nothing_is_left_the_filters_say_how_many_they_took(tmp_path, small
     assert done.returncode == 2
     assert re.search(r"no sample is left\. direct: 32 samples, dropped \d+ language", done.stderr), done.stderr
     assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_prompts_are_kept_by_their_pass_rate_of_samples_that_are_drawn_once(tmp_path, small):
+    small["generators"][0] |= {"per_prompt": 1, "data": {"sources": [{"path": "tiny", "limit": 16}]}}
+    config = write_yaml(tmp_path / "sample.yaml", {**small, "filters": {}})
+    reports, drawn = [], []
+    for bounds in ("[0, 1]", "[1, 1]"):
+        done = launch("sample.py", "--config", config, "--pass_rate", bounds)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+        drawn.append((tmp_path / "out" / "samples" / "direct.jsonl").read_bytes())
+    assert drawn[0] == drawn[1]
+    first, second = (report["generators"]["direct"] for report in reports)
+    assert first["kept"] == first["prompts"] == sum(first["pass_rates"].values()) == 16
+    assert first["pass_rates"] == second["pass_rates"]
+    assert second["kept"] == second["pass_rates"]["1.0"] < 16
+    rows = load_problems([Source(path=str(tmp_path / "out" / "rows.jsonl"), problem="problem", answer="answer")])
+    asked = load_problems([Source(path="tiny", limit=16)])
+    assert len(rows) == second["kept"] and set(rows["problem"]) < set(asked["problem"])
 
 
 @pytest.mark.parametrize(

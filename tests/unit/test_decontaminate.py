@@ -119,8 +119,8 @@ def test_all_planted_problems_are_found_and_hardly_any_other_row(tmp_path):
     rows = [*train, *planted]
     rng.shuffle(rows)
     path = jsonl(tmp_path / "rows.jsonl", [{"q": row, "a": "1"} for row in rows])
-    left, dropped = decontaminate(
-        load_problems([Source(path=path, problem="q", answer="a")]),
+    (left,), dropped = decontaminate(
+        [load_problems([Source(path=path, problem="q", answer="a")])],
         Decontaminate(against=[Source(path=str(MATH500), problem="problem")]),
     )
     found = {row["problem"] for row in dropped}
@@ -144,7 +144,7 @@ def test_questions_of_all_turns_are_looked_at_and_replies_are_not(tmp_path, temp
     taught: list[dict] = []
     asked: list[dict] = []
     with caplog.at_level(logging.INFO):
-        assert len(completion_dataset(sft_data, template, None, taught)) == 2
+        assert len(completion_dataset(sft_data, template, None, contaminated=taught)) == 2
     assert prompt_dataset(rl_data, template, 4096, 8, contaminated=asked)["prompt_id"] == [0, 1]
     source = chosen.against[0].path
     assert taught == asked == [
@@ -160,16 +160,16 @@ def test_questions_of_all_turns_are_looked_at_and_replies_are_not(tmp_path, temp
 
 def test_longer_runs_may_be_asked_for(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", [{"q": text, "a": "1"} for text in (TEST[:60], CLEAN)])
-    rows, chosen = load_problems([Source(path=path, problem="q", answer="a")]), settings(tmp_path, TEST)
-    assert len(decontaminate(rows, chosen)[0]) == 1
+    parts, chosen = [load_problems([Source(path=path, problem="q", answer="a")])], settings(tmp_path, TEST)
+    assert [len(rows) for rows in decontaminate(parts, chosen)[0]] == [1]
     chosen.ngram = 14
-    assert decontaminate(rows, chosen) == (rows, [])
+    assert decontaminate(parts, chosen) == (parts, [])
 
 
 def test_sources_of_tests_are_named_with_their_splits(caplog):
     chosen = Decontaminate(against=[Source(path="tiny", split="train", limit=3)])
     with caplog.at_level(logging.WARNING):
-        rows, _ = decontaminate(load_problems([Source(path="tiny", limit=6)]), chosen)
+        (rows,), _ = decontaminate([load_problems([Source(path="tiny", limit=6)])], chosen)
     assert len(rows) == 3 and "3 of tiny with tiny train" in caplog.text
 
 
@@ -178,12 +178,12 @@ def test_a_run_without_rows_and_bad_tests_are_refused(tmp_path):
         [Source(path=jsonl(tmp_path / "rows.jsonl", [{"q": TEST, "a": "1"}]), problem="q", answer="a")]
     )
     with pytest.raises(UserError, match=r"data.decontaminate: all of the 1 rows share words with problems") as error:
-        decontaminate(rows, settings(tmp_path, TEST))
+        decontaminate([rows], settings(tmp_path, TEST))
     assert len(str(error.value).splitlines()) == 2
     chosen = settings(tmp_path, TEST)
     chosen.against[0].problem = "text"
     with pytest.raises(UserError, match=r"^data.decontaminate.against: .*tests.jsonl has no column `text`"):
-        decontaminate(rows, chosen)
+        decontaminate([rows], chosen)
 
 
 @pytest.mark.parametrize(

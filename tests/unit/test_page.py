@@ -33,7 +33,8 @@ class Balanced(html.parser.HTMLParser):
 def test_the_page_has_every_stage_and_loads_nothing(tmp_path):
     rated = {"eval": SCORES, "sampled": SCORES, "seconds": 3}
     tally = {"samples": 9, "kept": 4, "dropped": {"language": 3, "cut off": 2}}
-    data = {"rows": 4, "generators": {"few": tally}, "mixed": {"talk": 2}}
+    kept_prompts = {"prompts": 7, "samples": 28, "kept": 2, "dropped": {"too easy": 5}, "pass_rates": {"0.5": 2}}
+    data = {"rows": 4, "generators": {"few": tally, "sometimes": kept_prompts}, "mixed": {"talk": 2}}
     stages = [
         {"name": "base", "kind": "base", **rated},
         {"name": "last", "kind": "grpo", **rated, "requests": REQUESTS},
@@ -58,6 +59,7 @@ def test_the_page_has_every_stage_and_loads_nothing(tmp_path):
     assert not parser.open
     for stage in stages:
         assert text.count(f">{stage['name']}<") >= 1
+    assert "<td>7 prompts</td>" in text and "5 too easy" in text
     assert "3 language, 2 cut off" in text and "last: mean reward" in text and "90.0 % right, held out" in text
     assert "last &lt; base<br><small>Too &lt;small&gt;.</small>" in text and "<b>missed</b>" in text
     assert "<script" not in text and "&lt;script&gt;" in text and "1 &lt; 2?" in text

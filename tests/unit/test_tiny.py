@@ -13,7 +13,7 @@ from corpus import FIRST_HABITS, LAST_HABITS, chat_prompt, documents
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from r1dist.config import EvaluateRun
+from r1dist.config import Data, EvaluateRun
 from r1dist.config.loader import parse
 from r1dist.data.prompts import prompt_dataset
 from r1dist.data.templates import load_template
@@ -99,7 +99,7 @@ def test_worked_rows_are_right_and_in_english():
 def scores(template, pool):
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 300
-    dataset = prompt_dataset(run.data, template, 512, run.sampling.max_tokens)
+    dataset = prompt_dataset(Data(sources=run.data.sources), template, 512, run.sampling.max_tokens)
     engine = load_engine(run.model, template, 256)
 
     def scores(sampling, samples):
@@ -127,7 +127,7 @@ def test_thinking_pays(pool):
     run = parse(EvaluateRun, ["--config", str(ROOT / "configs/recipes/tiny/evaluate.yaml")])
     run.data.sources[0].limit = 200
     template = load_template(run.model, "chat", prefill="<think>Let me work it out.")
-    started = prompt_dataset(run.data, template, 512, 112)
+    started = prompt_dataset(Data(sources=run.data.sources), template, 512, 112)
     engine = load_engine(run.model, template, 256)
     scores = scored(run, template, started, Sampling(112, temperature=0), 1, engine, pool)
     assert 0.6 <= scores.accuracy <= 0.95
