@@ -167,12 +167,17 @@ def _check_training_evaluation(run: GRPORun | SFTRun, where: str) -> None:
         raise UserError(
             f"{where}: `eval_strategy` says when to measure the policy, `data.eval` on what; set both or none."
         )
+    for name in ("eval_steps", "eval_on_start"):
+        if run.trl.get(name) and not evaluates:
+            raise UserError(
+                f"{where}: `{name}` is of an evaluation during training; set `eval_strategy` and `data.eval`, too."
+            )
     scores = [f"{benchmark.name}/{score}" for benchmark in run.data.eval for score in EVALUATED]
-    if best is not None and best.removeprefix("eval_") not in scores:
-        known = f"there are {', '.join(scores)}" if scores else "without `data.eval` there is none"
-        raise UserError(f"{where}: `metric_for_best_model`: no evaluation during training has `{best}`; {known}.")
+    known = f"there are {', '.join(scores)}" if scores else "without `data.eval` there is none"
     if best is None and trl_value(run, "load_best_model_at_end"):
-        raise UserError(f"{where}: `load_best_model_at_end` needs a `metric_for_best_model`, {' or '.join(scores)}.")
+        raise UserError(f"{where}: `load_best_model_at_end` needs `metric_for_best_model`; {known}.")
+    if best is not None and best.removeprefix("eval_") not in scores:
+        raise UserError(f"{where}: `metric_for_best_model`: no evaluation during training has `{best}`; {known}.")
     if evaluates and isinstance(run, GRPORun) and run.rollout.max_staleness:
         raise UserError(
             f"{where}: with `rollout.max_staleness` {run.rollout.max_staleness} the servers never stop to be given "

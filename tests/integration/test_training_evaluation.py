@@ -71,16 +71,3 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
     step = min(lengths, key=lengths.get)
     assert (run / f"checkpoint-{step}").exists() and (run / "checkpoint-6").exists()
     assert weights(run) == (run / f"checkpoint-{step}" / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("fields", "refusal"),
-    [
-        ({"eval_strategy": "steps"}, "`data.eval` on what; set both or none"),
-        ({"metric_for_best_model": "gsm8k/accuracy"}, "without `data.eval` there is none"),
-    ],
-)
-def test_what_would_never_be_measured_is_refused(tmp_path, fields, refusal):
-    config = write_yaml(tmp_path / "run.yaml", {**SFT, "output_dir": str(tmp_path / "run"), **fields})
-    done = launch("sft.py", "--config", config)
-    assert done.returncode == 2 and refusal in done.stderr and not (tmp_path / "run").exists()

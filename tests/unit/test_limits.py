@@ -156,9 +156,30 @@ def test_what_would_be_ignored_or_break_checkpoints_is_refused(small_grpo, name)
         build(SFTRun, {**SFT, name: UNSUPPORTED[name][0][0]}, "run.yaml")
 
 
-@pytest.mark.parametrize(("name", "value"), [("eval_steps", 5), ("eval_on_start", True), ("do_predict", True)])
-def test_evaluation_during_training_is_refused(name, value):
-    assert "use launch/evaluate.py instead" in refused(SFTRun, SFT, name, value)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("eval_strategy", "steps", "`data.eval` on what; set both or none"),
+        ("eval_steps", 5, "`eval_steps` is of an evaluation during training; set `eval_strategy` and `data.eval`"),
+        ("eval_on_start", True, "`eval_on_start` is of an evaluation during training"),
+        ("metric_for_best_model", "gsm8k/accuracy", "without `data.eval` there is none"),
+        ("load_best_model_at_end", True, "without `data.eval` there is none"),
+        ("do_predict", True, "use launch/evaluate.py instead"),
+    ],
+)
+def test_evaluation_during_training_is_refused_where_nothing_is_measured(name, value, message):
+    assert message in refused(SFTRun, SFT, name, value)
+
+
+def test_the_best_checkpoint_is_by_a_score_that_is_measured(small_grpo):
+    data = {**small_grpo["data"], "eval": ["gsm8k"]}
+    tree = {**small_grpo, "data": data, "eval_strategy": "steps"}
+    assert "there are gsm8k/accuracy, gsm8k/format" in refused(GRPORun, tree, "metric_for_best_model", "gsm8k/loss")
+    assert "needs `metric_for_best_model`" in refused(GRPORun, tree, "load_best_model_at_end", True)
+    assert build(GRPORun, {**tree, "metric_for_best_model": "gsm8k/accuracy"}, "run.yaml").data.eval[0].name == "gsm8k"
+    stale = {**tree, "rollout": {"engine": "vllm", "max_staleness": 1}}
+    assert "never stop to be given" in refused(GRPORun, stale, "eval_steps", 5)
+    assert "measures policies" in refused(RewardModelRun, PAIRS, "eval_strategy", "steps")
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])

@@ -15,7 +15,7 @@ from r1dist.files import append_lines
 from r1dist.generation.engine import Rollout
 from r1dist.rewards import verifiers_of
 from r1dist.rewards.task import accuracy
-from r1dist.sampling.draw import lines
+from r1dist.sampling.draw import lines_of
 from r1dist.sampling.run import sampling_job
 from r1dist.sampling.select_prompts import PromptTally, select_prompts
 
@@ -139,7 +139,7 @@ def test_programs_are_right_by_their_tests(tmp_path, pool):
     job = sampling_job(run, 0)
     programs = ["print(2 * int(input()))", "print(2)", "print(", "n = int(input())\nprint(n + n)"]
     engine = Writer(job.template, [f"```python\n{program}\n```" for program in programs])
-    append_lines(tmp_path / "policy.jsonl", list(lines(job, job.prompts, run.rollout, engine, pool, set())))
+    append_lines(tmp_path / "policy.jsonl", list(lines_of(job, list(job.prompts), engine, pool)))
     (found,) = select_prompts(run, generator, [tmp_path / "policy.jsonl"], job.prompts, set(), PromptTally())
     assert found["pass_rate"] == 0.5 and json.loads(found["tests"]) == row["t"]
 

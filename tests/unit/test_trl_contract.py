@@ -27,6 +27,8 @@ TRANSFORMERS = {
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "log": ["self", "logs", "start_time"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "_load_best_model": ["self"],
     "_run_epoch": [
         "self",
         "model",
@@ -88,7 +90,8 @@ def test_what_makes_trainers_resumable_overrides_what_it_means_to():
     assert {name for name in own if hasattr(Trainer, name)} - {"__init__"} == TRANSFORMERS.keys()
     for name, parameters in TRANSFORMERS.items():
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters
-        assert f"super().{name}(" in inspect.getsource(getattr(ResumableTrainer, name))
+        replaced = name == "evaluate"  # by benchmarks
+        assert replaced or f"super().{name}(" in inspect.getsource(getattr(ResumableTrainer, name))
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
