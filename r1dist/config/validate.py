@@ -180,8 +180,8 @@ def _check_training_evaluation(run: GRPORun | SFTRun, where: str) -> None:
         raise UserError(f"{where}: `metric_for_best_model`: no evaluation during training has `{best}`; {known}.")
     if evaluates and isinstance(run, GRPORun) and run.rollout.max_staleness:
         raise UserError(
-            f"{where}: with `rollout.max_staleness` {run.rollout.max_staleness} the servers never stop to be given "
-            "the weights that `eval_strategy` would measure.\nSet one of them to its default."
+            f"{where}: `eval_strategy`: with `rollout.max_staleness` {run.rollout.max_staleness} the servers never "
+            "stop to be given the weights that would be measured.\nSet one of them to its default."
         )
 
 
