@@ -1,4 +1,7 @@
-"""Greedy and sampled accuracy: `python launch/evaluate.py --config FILE --model.path DIR [--output FILE]`."""
+"""Scores of a model: `python launch/evaluate.py --model.path DIR --benchmarks gsm8k,math500 [--output FILE]`.
+
+Or with `--config FILE`. Without either, those of a model on the embedded base's problems.
+"""
 
 import json
 import sys
@@ -9,12 +12,13 @@ from r1dist.config.loader import parse
 from r1dist.errors import run_cli
 from r1dist.logs import set_up_logging
 
-DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "evaluate.yaml"
+TINY = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "evaluate.yaml"
 
 
 def main(argv: list[str]) -> None:
     set_up_logging()
-    run = parse(EvaluateRun, argv, DEFAULT)
+    named = any(word.startswith("--benchmarks") for word in argv)
+    run = parse(EvaluateRun, argv, None if named else TINY)
     if run.dry_run:
         from r1dist.cluster.plan import print_plan
 
