@@ -139,6 +139,10 @@ def _check_evaluation(run: EvaluateRun, where: str) -> None:
     if not (run.data.sources or run.benchmarks or run.requests):
         raise UserError(f"{where}: nothing to evaluate: set `data.sources`, `benchmarks` or `requests`.")
     names = [benchmark.name for benchmark in run.benchmarks]
+    if taken := {"data", "requests"}.intersection(names):
+        raise UserError(
+            f"{where}: `benchmarks`: `{taken.pop()}` is what other scores are called; choose another `name`."
+        )
     if len(set(names)) < len(names):
         raise UserError(f"{where}: `benchmarks`: two of them have the same `name`; each needs its own.")
     if run.shard is not None and run.output is None:

@@ -13,6 +13,9 @@ from ..errors import UserError
 from ..rewards.golds import check_answers
 from ..rewards.pool import Pool
 
+UNSCORABLE = 0.5
+"""Share of the problems without a readable answer: with more, a source is taken to be read wrongly."""
+
 
 @dataclass(frozen=True)
 class Problems:
@@ -41,12 +44,13 @@ class ProblemReader:
     def read(self, sources: list[Source], field: str, instruction: str | None = None) -> Dataset:
         """Rows of `prompt_dataset`. `instruction` holds where `prompting` has none.
 
-        Raises `UserError`, which names `field`, where none can be scored.
+        Raises `UserError`, which names `field`, where most cannot be scored.
         """
         data = Data(sources=sources, template=self.name)
         prompting = replace(self.prompting, instruction=self.prompting.instruction or instruction)
         rows = prompt_dataset(data, self.template, self.context, self.max_tokens, prompting)
-        check_answers(rows, self.pool, field)
+        if (share := check_answers(rows, self.pool, field)) > UNSCORABLE:
+            raise UserError(f"{field}: {share:.0%} of the answers cannot be scored; set `answer` or `answer_format`.")
         return rows
 
     def benchmarks(self, benchmarks: Sequence[Benchmark], field: str) -> list[Problems]:

@@ -31,9 +31,12 @@ def verifier_of(row: dict) -> str:
     return "accuracy" if row["tests"] is None else "code"
 
 
-def check_answers(rows: "Dataset", pool: Pool, field: str) -> None:
-    """`check_golds` of `rows`, each by its `verifier_of`. Raises `UserError` where `code` has no sandbox, too."""
-    tests = rows["tests"]
+def check_answers(rows: "Dataset", pool: Pool, field: str) -> float:
+    """`check_golds` of `rows`, each by its `verifier_of`; the largest share that one of them cannot score.
+
+    Raises `UserError` where `code` has no sandbox, too.
+    """
+    tests, most = rows["tests"], 0.0
     for verifier, places in (
         ("accuracy", [place for place, given in enumerate(tests) if given is None]),
         ("code", [place for place, given in enumerate(tests) if given is not None]),
@@ -42,11 +45,16 @@ def check_answers(rows: "Dataset", pool: Pool, field: str) -> None:
             continue
         if verifier == "code":
             require_sandbox()
-        check_golds(verifier, rows if len(places) == len(rows) else rows.select(places), pool, field)
+        share = check_golds(verifier, rows if len(places) == len(rows) else rows.select(places), pool, field)
+        most = max(most, share)
+    return most
 
 
-def check_golds(verifier: str, rows: "Dataset", pool: Pool, field: str = "data.sources") -> None:
-    """Raises `UserError`, which names `field`, if `verifier` can score none of `rows`; logs how many it cannot."""
+def check_golds(verifier: str, rows: "Dataset", pool: Pool, field: str = "data.sources") -> float:
+    """The share of `rows`, or of `LOOKED_AT` of them, that `verifier` cannot score; logged, too.
+
+    Raises `UserError`, which names `field`, if it can score none.
+    """
     parts = -(-len(rows) // LOOKED_AT)
     columns = rows.select_columns(COLUMNS[verifier])
     looked_at, unscorable = 0, 0
@@ -62,6 +70,7 @@ def check_golds(verifier: str, rows: "Dataset", pool: Pool, field: str = "data.s
     if unscorable:
         sample = "" if looked_at == len(rows) else f" that were looked at, of {len(rows)},"
         logger.warning("%d of %d rows%s cannot be scored by `%s`", unscorable, looked_at, sample, verifier)
+    return unscorable / looked_at
 
 
 def check_golds_of(rewards: dict[str, Reward], rows: "Dataset", pool: Pool) -> None:

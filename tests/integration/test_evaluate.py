@@ -30,11 +30,13 @@ def test_launcher(tmp_path):
 def test_answers_that_no_verifier_can_read_are_refused(tmp_path):
     rows = tmp_path / "rows.jsonl"
     answer = "see the appendix of the second volume"
-    rows.write_text("".join(json.dumps({"q": f"{n}?", "a": answer}) + "\n" for n in range(3)))
-    source = f"[{{path: {rows}, problem: q, answer: a}}]"
-    done = launch("evaluate.py", "--data.sources", source, "--output", tmp_path / "scores.json")
-    assert done.returncode == 2 and "no gold answer parses" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "scores.json").exists()
+    for readable, refusal in (0, "no gold answer parses"), (1, "67% of the answers cannot be scored"):
+        answers = ["7"] * readable + [answer] * (3 - readable)
+        rows.write_text("".join(json.dumps({"q": f"{n}?", "a": a}) + "\n" for n, a in enumerate(answers)))
+        source = f"[{{path: {rows}, problem: q, answer: a}}]"
+        done = launch("evaluate.py", "--data.sources", source, "--output", tmp_path / "scores.json")
+        assert done.returncode == 2 and refusal in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "scores.json").exists()
 
 
 def test_a_dry_run_loads_no_weights(tmp_path):
