@@ -140,9 +140,7 @@ def _check_evaluation(run: EvaluateRun, where: str) -> None:
         raise UserError(f"{where}: nothing to evaluate: set `data.sources`, `benchmarks` or `requests`.")
     names = [benchmark.name for benchmark in run.benchmarks]
     if taken := {"data", "requests"}.intersection(names):
-        raise UserError(
-            f"{where}: `benchmarks`: `{taken.pop()}` is what other scores are called; choose another `name`."
-        )
+        raise UserError(f"{where}: `benchmarks`: `{taken.pop()}` is the name of other scores; choose another.")
     if len(set(names)) < len(names):
         raise UserError(f"{where}: `benchmarks`: two of them have the same `name`; each needs its own.")
     if run.shard is not None and run.output is None:

@@ -54,7 +54,7 @@ def test_a_local_copy_takes_the_place_of_the_hub(tmp_path):
     [
         ("gsm8", r"`gsm8` is not a benchmark; did you mean `gsm8k`\?"),
         ("[gsm8k, gsm8k]", "two of them have the same `name`"),
-        ("[{name: data, sources: [{path: x}]}]", "`data` is what other scores are called"),
+        ("[{name: data, sources: [{path: x}]}]", "`data` is the name of other scores"),
         ("[{name: mine}]", "`mine` is not a benchmark"),
         ("[{name: gsm8k, paths: x}]", "`benchmarks.0.paths` is not a field"),
         ("[{sources: [{path: x}]}]", r"`benchmarks\.0\.name` is missing"),
