@@ -59,6 +59,8 @@ class SFTRun(TrainingRun):
     """`launch/sft.py`: supervised fine-tuning on completions."""
 
     data: Data
+    eval_max_tokens: MayChange[PositiveInt] = 512
+    """Tokens after which an answer to `data.eval` is cut off."""
     verify: Verify = Field(default_factory=Verify)
     """For `data.eval`."""
 

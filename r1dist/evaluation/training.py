@@ -20,8 +20,6 @@ from .problems import ProblemReader
 from .scores import Scores, measures, scores_of
 
 LANGUAGE = "en"
-MAX_TOKENS = 512
-"""Of a completion in SFT, whose configuration has no such number."""
 
 
 class TrainingEvaluation:
@@ -80,7 +78,7 @@ def training_evaluation(
     """The evaluation that `run.data.eval` asks for, read and checked; None if it asks for none. Raises `UserError`."""
     if not run.data.eval:
         return None
-    max_tokens = trl_value(run, "max_completion_length") if isinstance(run, GRPORun) else MAX_TOKENS
+    max_tokens = trl_value(run, "max_completion_length") if isinstance(run, GRPORun) else run.eval_max_tokens
     prompting = run.prompting if isinstance(run, GRPORun) else Prompting()
     context = load_model_config(run.model).max_position_embeddings
     reader = ProblemReader(run.data.template, template, prompting, context, max_tokens, pool)

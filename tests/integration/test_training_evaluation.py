@@ -7,6 +7,7 @@ from conftest import SMALL_GRPO, launch, metrics, write_yaml
 from small_runs import COMMON
 
 from r1dist.files import read_lines
+from r1dist.run.checkpoints import checkpoints, step_of
 
 SOURCE = {"path": "tiny", "split": "test", "limit": 5}
 PROBLEMS = [{"name": "greedy", "sources": [SOURCE]}, {"name": "sampled", "sources": [SOURCE], "samples": 2}]
@@ -14,6 +15,7 @@ EVERY_OTHER = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 GRPO = {**SMALL_GRPO, "max_steps": 4, "max_completion_length": 24, "save_strategy": "steps", "save_steps": 1}
 GRPO |= {"per_device_train_batch_size": 16}
 SFT = {**COMMON, "data": {"sources": [{"path": "tiny_talk", "limit": 64}], "template": "chat"}, "max_steps": 4}
+SFT |= {"eval_max_tokens": 24}
 
 
 def trained(folder, script, tree, processes=1, evaluates=True, **fields):
@@ -62,12 +64,10 @@ def test_a_resumed_run_has_each_evaluation_once(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
-    best = {"metric_for_best_model": "greedy/mean_tokens", "load_best_model_at_end": True, "save_total_limit": 1}
-    run = trained(tmp_path, "sft.py", {**SFT, "max_steps": 6}, save_steps=2, greater_is_better=False, **best)
-    lengths = {
-        line["step"]: line["eval/greedy/mean_tokens"] for line in metrics(run) if "eval/greedy/accuracy" in line
-    }
-    del lengths[0]  # where nothing is saved
+    best = {"metric_for_best_model": "greedy/mean_tokens", "load_best_model_at_end": True, "save_total_limit": 2}
+    run = trained(tmp_path, "sft.py", {**SFT, "max_steps": 8}, save_steps=2, greater_is_better=False, **best)
+    measured = [line for line in metrics(run) if "eval/greedy/accuracy" in line]
+    lengths = {line["step"]: line["eval/greedy/mean_tokens"] for line in measured[1:]}  # nothing is saved at 0
     step = min(lengths, key=lengths.get)
-    assert (run / f"checkpoint-{step}").exists() and (run / "checkpoint-6").exists()
+    assert {step_of(path) for path in checkpoints(run)} == {6, 8, step}
     assert weights(run) == (run / f"checkpoint-{step}" / "model.safetensors").read_bytes()
