@@ -59,7 +59,7 @@ NOTES = """\
 
 ## Not handled
 
-Reward models with final RL, and distillation, at this size.
+Reward models with final RL, and distillation, at this size. The seconds were taken beside other work on the machine.
 """
 
 
