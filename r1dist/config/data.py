@@ -9,6 +9,7 @@ from .benchmarks import Benchmark, entries, sources_of
 from .resumable import MayChange
 from .rewards import STRICT
 from .source import Source
+from .values import TemplateName
 
 SHORTEST = 3
 """Least words that say that one problem is in another."""
@@ -32,7 +33,7 @@ class Data:
 
     sources: list[Source] = Field(min_length=1)
     """Where the rows come from."""
-    template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
+    template: TemplateName = "chat"
     """`chat`: the tokenizer's chat template. `r1_zero`: the report's plain-text template for base models.
     `r1_zero_chat`: the chat template with the report's instruction as the system prompt."""
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] | None = None

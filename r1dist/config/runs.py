@@ -15,7 +15,7 @@ from .rollout import Rollout, Serve
 from .sampling import Prompting, Sampling
 from .source import Source
 from .train import PlacementConfig, Train, TrainRL
-from .values import PathText, Seed
+from .values import PathText, Seed, TemplateName
 
 Mode = Literal["greedy", "sampled"]
 
@@ -99,7 +99,7 @@ class EvaluationData:
 
     sources: list[Source] = Field(default_factory=list)
     """Where the rows come from."""
-    template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
+    template: TemplateName = "chat"
     """As in the `data` of a training run; of `benchmarks`, too."""
 
 
@@ -144,7 +144,7 @@ class ChatRun:
     """`launch/chat.py`: a conversation with any stage's model."""
 
     model: Model
-    template: Literal["chat", "r1_zero", "r1_zero_chat"] = "chat"
+    template: TemplateName = "chat"
     """The template that the model was trained with, as in `data`."""
     prompt: str | None = None
     """Answer this, and end."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -40,6 +40,8 @@ PathTexts = Annotated[str, AfterValidator(_paths)]
 """Several, with commas between them."""
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 """The name of a variable."""
+TemplateName = Literal["chat", "r1_zero", "r1_zero_chat"]
+"""How a question becomes a prompt; described at `data.template`."""
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 """[least, most]."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

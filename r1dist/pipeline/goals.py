@@ -6,8 +6,7 @@ from ..config.pipeline import Goal
 from .table import percent
 
 INTERVALS = {"accuracy": "ci95"}  # all others: the score's own name and _ci95
-SHARES = ("accuracy", "format", "finished", "language", "answered", "declined", "as_reference",
-          "cons_at_n")  # fmt: skip
+SHARES = ("accuracy", "cons_at_n", "format", "finished", "language", "answered", "declined", "as_reference")
 
 
 def judge(goal: Goal, stages: dict[str, dict]) -> dict | None:
