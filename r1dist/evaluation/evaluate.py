@@ -5,7 +5,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from ..data.templates import Template, load_template
 from ..errors import RunStopped, VerifiersBroken
 from ..files import RUN_FILE, lock_run_dir, read_lines, samples_folder, sha256, write_json, write_run_file
 from ..generation.engine import RolloutsLost, Sampling
-from ..generation.inference import fixed_engine
+from ..generation.inference import engine_when_needed
 from ..generation.vllm.limits import Demand
 from ..generation.vllm.start import check_servers
 from ..models import load_model_config, model_path
@@ -103,12 +103,9 @@ def _draw(run: EvaluateRun, template: Template, jobs: list[SamplingJob], pool: P
         if not (folder / RUN_FILE).exists():  # later, nothing may be missing, and no server be needed
             check_servers(run.rollout, demand, run.model.dtype, trainers=0)
         logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder / "servers"
-        with _ours(run, folder), ExitStack() as stack:
-
-            @functools.cache
-            def engine():
-                return stack.enter_context(fixed_engine(run.rollout, demand, template, logs))
-
+        # What is not kept is nobody else's, and no later start's.
+        ours = _ours(run, folder) if run.output else nullcontext()
+        with ours, engine_when_needed(run.rollout, demand, template, logs) as engine:
             try:
                 journals = {
                     job.name: draw(
@@ -132,10 +129,9 @@ def _ours(run: EvaluateRun, folder: Path) -> Iterator[None]:
 
     It is this process's alone, unless shards are shared out. Raises `UserError`.
     """
-    with ExitStack() as stack:
-        lock = stack.enter_context(ExitStack())
+    tree, data = as_tree(run), data_digests(as_tree(run)) | {"model.path": _weights_digest(run)}
+    with ExitStack() as lock:
         lock.enter_context(lock_run_dir(folder, wait=run.shard is not None))
-        tree, data = as_tree(run), data_digests(as_tree(run)) | {"model.path": _weights_digest(run)}
         if (folder / RUN_FILE).exists():
             check_same(folder, EvaluateRun, tree, data, field="output")
         else:

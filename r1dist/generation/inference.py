@@ -1,7 +1,8 @@
 """An engine over fixed weights: for sampling, evaluation and chat."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..config import Rollout as RolloutSettings
@@ -11,6 +12,15 @@ from .engine import Engine
 from .local import load_engine
 from .vllm.limits import Demand, check_running
 from .vllm.start import connect_fixed, start_managed
+
+
+@contextmanager
+def engine_when_needed(
+    rollout: RolloutSettings, demand: Demand, template: Template, folder: Path
+) -> Iterator[Callable[[], Engine]]:
+    """A function that gives `fixed_engine`'s engine, which is started by its first call and ends with the context."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda: stack.enter_context(fixed_engine(rollout, demand, template, folder)))
 
 
 @contextmanager

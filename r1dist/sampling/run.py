@@ -1,13 +1,12 @@
 """`launch/sample.py`: draw what is missing, then choose among all that was drawn."""
 
-import functools
 import hashlib
 import json
 import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..data.templates import load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..files import RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from ..generation.engine import RolloutsLost, Sampling
-from ..generation.inference import fixed_engine
+from ..generation.inference import engine_when_needed
 from ..generation.vllm.limits import Demand
 from ..generation.vllm.start import check_servers
 from ..models import load_model_config
@@ -102,12 +101,7 @@ def _demand(run: SampleRun, number: int, job: SamplingJob) -> Demand:
 def _draw(run: SampleRun, number: int, job: SamplingJob, pool: Pool) -> list[Path]:
     folder = Path(run.output_dir) / SAMPLES
     logs = folder / f"{socket.gethostname()}-{os.getpid()}" if run.shard else folder
-    with ExitStack() as stack:
-
-        @functools.cache
-        def engine():
-            return stack.enter_context(fixed_engine(run.rollout, _demand(run, number, job), job.template, logs))
-
+    with engine_when_needed(run.rollout, _demand(run, number, job), job.template, logs) as engine:
         return draw(job, shards(folder, job.name, len(job.prompts), run.shard), run.rollout, engine, pool)
 
 

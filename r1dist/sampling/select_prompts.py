@@ -11,21 +11,15 @@ from datasets import Dataset
 from ..config import Generator, SampleRun
 from ..data.formats import as_turns
 from ..errors import UserError
-from .select import by_prompt, row_quota
+from .select import Tally, by_prompt, row_quota
 
 COPIED = ["answer", "tests", "language", "entry", "source", "kind"]
 
 
 @dataclass
-class PromptTally:
-    """Counts of one generator's prompts: kept, and dropped for which reason."""
+class PromptTally(Tally):
+    """The same counts, `kept` and `dropped` of prompts. `unscorable`: no sample of the prompt could be verified."""
 
-    prompts: int = 0
-    samples: int = 0
-    tokens: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> prompts. `unscorable`: no sample of the prompt could be verified."""
     pass_rates: dict[str, int] = field(default_factory=dict)
     """Share of right samples, to four decimals -> prompts, from hard to easy."""
 
