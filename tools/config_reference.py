@@ -126,7 +126,7 @@ def _rows(launcher: type, section: type, prefix: str) -> Iterator[tuple[str, str
             is_list = typing.get_origin(hints[field.name]) is list
             yield from _rows(launcher, inner, f"{name}.N." if is_list else f"{name}.")
             continue
-        resume = "yes" if may_change(launcher, name.replace(".N", "")) else ""
+        resume = "yes" if may_change(launcher, name.replace(".N", ".0")) else ""
         default = _shown(shown["default"]) if "default" in shown else ""
         yield name.rstrip("_"), default, resume, " ".join(shown.get("description", "").split()).replace("|", "\\|")
 

@@ -55,13 +55,15 @@ class Scored(Rewards):
     """`parity`: rollouts of a prompt with an odd id differ, those of an even one are all paid 0.1."""
 
     def __init__(self, pool):
-        super().__init__({"format": Reward(), "overlong": Reward(max_tokens=9, cache_tokens=1)}, pool)
+        super().__init__(
+            {"format": Reward(), "overlong": Reward(parameters={"max_tokens": 9, "cache_tokens": 1})}, pool
+        )
         self.begun, self.rewards = [], {"parity": Reward()}
 
     def begin(self, rollout_id, step, text, row):
         self.begun.append((rollout_id, text))
 
-    def score(self, rollout_ids, step, texts, rows):
+    def score(self, rollout_ids, step, texts, rows, heartbeat):
         for rollout_id, text, row in zip(rollout_ids, texts, rows, strict=True):
             assert row["prompt_id"] == rollout_id[1] and text == dict(self.begun)[rollout_id]
             assert len(row["group_tokens"]) == GROUP and row["tokens"] in row["group_tokens"]
@@ -94,7 +96,9 @@ def last(notes) -> dict:
 
 def test_everything_belongs_to_its_rollout(template, pool):
     """Tokens, text, rewards, advantage and trace row, although rollouts arrive in any order."""
-    rewards = Rewards({"accuracy": Reward(), "overlong": Reward(max_tokens=6, cache_tokens=6)}, pool)
+    rewards = Rewards(
+        {"accuracy": Reward(), "overlong": Reward(parameters={"max_tokens": 6, "cache_tokens": 6})}, pool
+    )
     pipeline, engine, notes, traces = pipeline_of(template, rewards)
     rows = pipeline.prompts.dataset.add_column("answer", ["1"] * PROMPTS).add_column("kind", ["math"] * PROMPTS)
     object.__setattr__(pipeline.prompts, "dataset", rows)
