@@ -20,17 +20,20 @@ logger = logging.getLogger(__name__)
 
 OF_ROLLOUTS = {"tokens", "group_tokens", "completion_ids"}
 """What the rows have that functions are given, beside the dataset's columns."""
+TO_BLAME = 4
+"""Calls beyond their limits, and none within, after which it is the function's fault."""
 
 
 class OwnScorer:
     """Scores by a function of the user's, in `pool` or, with `isolated: false`, in this process.
 
-    A call is of one completion, or of those of one prompt. One beyond its limits leaves its completions unscored; if
-    all of a generation are, and where a call fails, `RewardFailed` is raised.
+    A call is of one completion, or of those of one prompt. One beyond its limits leaves its completions unscored.
+    Raises `RewardFailed` where a call fails, and after `TO_BLAME` calls beyond their limits.
     """
 
     def __init__(self, own: OwnReward, reward: Reward, parameters: dict[str, Any], pool: Pool):
         self.own = own
+        self._beyond = 0  # calls beyond their limits since one was not
         submit = pool.call if reward.isolated else InTrainer(own, reward).call
         self._submit: Callable[[list[str], list[dict]], Future] = lambda *call: submit(own.name, *call, parameters)
 
@@ -55,10 +58,11 @@ class OwnScorer:
                 continue
             for place, score in zip(pending[future], found, strict=True):
                 scores[place] = score
+        self._beyond = self._beyond + len(over) if len(over) == len(pending) else 0
         if over:
             what = f"rewards.{self.own.key}: {len(over)} of {len(pending)} calls took more than `verify.seconds` or "
             what += f"`verify.memory_mib`, or ended their worker (row of prompt_id {over[0]}, ...)"
-            if len(over) == len(pending):
+            if self._beyond >= TO_BLAME:
                 raise RewardFailed(f"{what}.")
             logger.warning("%s; their completions are unscored", what)
         return scores

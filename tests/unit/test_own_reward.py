@@ -174,12 +174,15 @@ def test_a_failure_names_the_reward_and_the_row(own, isolated):
         scored({own("like_trl"): Reward(**given)}, ["7"] * 4, without)
 
 
-def test_what_hangs_or_dies_is_unscored_and_nothing_is_left_to_score_is_a_failure(own, caplog):
+def test_what_hangs_or_dies_is_unscored_and_a_function_that_always_does_fails(own, caplog):
     rewards = {own("obey"): Reward()}
     assert scored(rewards, ["fine", "hang", "die", "fine"], seconds=2)["obey"] == [1.0, None, None, 1.0]
     assert "2 of 4 calls took more than `verify.seconds`" in caplog.text
-    with pytest.raises(RewardFailed, match=r"obey: 1 of 1 calls took more than"):
-        scored(rewards, ["hang"], seconds=2)
+    with Pool(isolated(rewards), Verify(workers=2, seconds=1)) as pool:
+        ours = Rewards(rewards, pool)
+        assert ours.score(IDS[:2], 0, ["hang"] * 2, ROWS[:2])["obey"] == [None, None]
+        with pytest.raises(RewardFailed, match=r"obey: 2 of 2 calls took more than"):
+            ours.score(IDS[:2], 0, ["hang"] * 2, ROWS[:2])
 
 
 def test_in_the_trainer_calls_are_tried_again_bounded_and_abandoned_at_a_deadline(own):

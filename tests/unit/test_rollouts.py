@@ -11,7 +11,7 @@ from r1dist.config import GRPORun, Reward
 from r1dist.config.loader import build
 from r1dist.data.order import PromptOrder
 from r1dist.data.templates import Template
-from r1dist.errors import UserError
+from r1dist.errors import RewardFailed, UserError
 from r1dist.generation.engine import Rollout
 from r1dist.rewards import Rewards
 from r1dist.rl.prompts import Prompts
@@ -210,3 +210,13 @@ def test_groups_that_lie_on_two_processes_are_refused(small_grpo):
     tree |= {"gradient_accumulation_steps": 1, "generation_batch_size": 32}
     with pytest.raises(UserError, match="dynamic_sampling replaces whole groups"):
         build(GRPORun, tree, "test", processes=8)
+
+
+def test_a_reward_that_fails_on_another_rank_stops_this_one(template, pool, monkeypatch):
+    pipeline, *_ = pipeline_of(template, Scored(pool))
+    elsewhere = ("rewards.own.py:f failed", [])
+    monkeypatch.setattr(
+        "r1dist.rl.rollouts.gather_object", lambda part: [*part, *([elsewhere] if type(part[0]) is tuple else [])]
+    )
+    with pytest.raises(RewardFailed, match=r"own.py:f failed"):
+        pipeline.next_batch(0)
