@@ -60,8 +60,10 @@ class OwnScorer:
                 scores[place] = score
         self._beyond = self._beyond + len(over) if len(over) == len(pending) else 0
         if over:
-            what = f"rewards.{self.own.key}: {len(over)} of {len(pending)} calls took more than `verify.seconds` or "
-            what += f"`verify.memory_mib`, or ended their worker (row of prompt_id {over[0]}, ...)"
+            what = f"rewards.{self.own.key}: {len(over)} of {len(pending)} calls went beyond `verify.seconds`, "
+            what += (
+                f"`verify.memory_mib` or Python's recursion limit, or ended their worker (prompt_id {over[0]}, ...)"
+            )
             if self._beyond >= TO_BLAME:
                 raise RewardFailed(f"{what}.")
             logger.warning("%s; their completions are unscored", what)

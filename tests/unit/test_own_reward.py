@@ -177,11 +177,11 @@ def test_a_failure_names_the_reward_and_the_row(own, isolated):
 def test_what_hangs_or_dies_is_unscored_and_a_function_that_always_does_fails(own, caplog):
     rewards = {own("obey"): Reward()}
     assert scored(rewards, ["fine", "hang", "die", "fine"], seconds=2)["obey"] == [1.0, None, None, 1.0]
-    assert "2 of 4 calls took more than `verify.seconds`" in caplog.text
+    assert "2 of 4 calls went beyond `verify.seconds`" in caplog.text
     with Pool(isolated(rewards), Verify(workers=2, seconds=1)) as pool:
         ours = Rewards(rewards, pool)
         assert ours.score(IDS[:2], 0, ["hang"] * 2, ROWS[:2])["obey"] == [None, None]
-        with pytest.raises(RewardFailed, match=r"obey: 2 of 2 calls took more than"):
+        with pytest.raises(RewardFailed, match=r"obey: 2 of 2 calls went beyond"):
             ours.score(IDS[:2], 0, ["hang"] * 2, ROWS[:2])
 
 
