@@ -122,7 +122,7 @@ class OwnReward:
 
 
 def _load(key: str) -> tuple[Callable, Path]:
-    """The function, and the file that it comes from."""
+    """The function, and the file that its source is in."""
     place, _, name = key.rpartition(":")
     try:
         module = _module(key, place)
@@ -134,7 +134,8 @@ def _load(key: str) -> tuple[Callable, Path]:
     if not callable(function):
         known = [known for known, value in vars(module).items() if callable(value)]
         raise UserError(f"rewards.{key}: {place} has no function `{name}`{did_you_mean(name, known)}")
-    return function, Path(module.__file__ or "")
+    source = inspect.unwrap(function)
+    return function, Path(inspect.getsourcefile(source if inspect.isfunction(source) else module) or "")
 
 
 def _module(key: str, place: str) -> ModuleType:
