@@ -148,7 +148,7 @@ class OneReward(Rewards):
         super().__init__({"format": Reward()}, pool)
         self.rewards = {"reward": Reward()}
 
-    def score(self, rollout_ids, step, texts, rows) -> dict[str, list[float]]:
+    def score(self, rollout_ids, step, texts, rows, heartbeat) -> dict[str, list[float]]:
         return {"reward": reward(texts)}
 
 

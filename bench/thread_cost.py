@@ -3,14 +3,14 @@
 import time
 
 from r1dist.config import Reward
-from r1dist.config.rewards import TAKES
 from r1dist.rewards import Rewards
 from r1dist.rewards.pool import Pool
+from r1dist.rewards.registry import BUILT_IN, MODELS
 
 TOKENS = 32_768
 CHARACTERS = 4 * TOKENS
 FIELDS = {"cosine": {"max_tokens": TOKENS}, "overlong": {"max_tokens": TOKENS, "cache_tokens": 1}}
-NAMES = [name for name in TAKES if name not in ("helpfulness", "safety")]
+NAMES = [name for name in BUILT_IN if name not in MODELS]
 """Rewards that run no model."""
 PIECES = (
     *("a", "a b ", "1", "1. ", "\n", " ", "<", "é", "中", "语言 mixed ", "🙂", "\u0301", "\x00"),
@@ -37,7 +37,7 @@ def hostile_texts() -> list[str]:
 
 def thread_seconds(name: str, text: str, pool: Pool, tries: int = 3) -> float:
     """Processor seconds of this thread that the reward `name` takes for one completion; waiting is none."""
-    rewards = Rewards({name: Reward(**FIELDS.get(name, {}))}, pool)
+    rewards = Rewards({name: Reward(parameters=FIELDS.get(name, {}))}, pool)
     row = {"kind": "math", "problem": "1+1?", "answer": "2", "tests": None, "language": "python"}
     row |= {"tokens": TOKENS, "group_tokens": [1, TOKENS]}
     seconds = []

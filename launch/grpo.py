@@ -20,7 +20,11 @@ def main(argv: list[str]) -> None:
 
         default = choose_default(r1_zero_by_memory(RECIPES), RECIPES / "tiny" / "r1_zero.yaml")
     set_up_logging()
-    run = parse(GRPORun, argv, default, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    run = parse(GRPORun, argv, default, processes)
+    from r1dist.rewards.registry import check_rewards
+
+    check_rewards(run, processes)
     from r1dist.cluster.plan import check_machine, print_plan
 
     if run.dry_run:

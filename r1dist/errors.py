@@ -37,6 +37,10 @@ class VerifiersBroken(RunStopped):
     """Answers cannot be verified at all: the verifier or its sandbox is down. No answer is to blame for it."""
 
 
+class RewardFailed(RunStopped):
+    """A reward function of the user's raised, or returned what is no score. No completion is to blame for it."""
+
+
 class StageFailed(RunStopped):
     """A stage's command ended with an exit code other than 0, which becomes the pipeline's."""
 

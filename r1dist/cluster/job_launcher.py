@@ -32,7 +32,7 @@ from ..generation.vllm.endpoints import OWNER_ONLY, read
 from ..generation.vllm.start import require_length, require_vllm, sleeps
 from ..generation.weight_sync.scratch import clear
 from ..models import load_model_config
-from ..pipeline.graph import KINDS
+from ..pipeline.graph import KINDS, parsed
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from ..run.setup import computing_dtype, hardware_defaults
 from .allocation import Cluster
@@ -61,7 +61,7 @@ class JobLauncher:
         self.name = kind
         self.launch = launch
         self.arguments = arguments
-        self.config = parse(self.kind.run_class, arguments)
+        self.config = parsed(self.kind, arguments)
         self.folder = folder_of(self.config)
         self.logs = self.folder / LOGS
         self.apart = self.folder / SERVERS

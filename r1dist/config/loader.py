@@ -18,11 +18,11 @@ from .engines import choose_engine
 from .objective import OBJECTIVES
 from .plain import NULL, Plain, is_text, load, read_as
 from .runs import EvaluateRun, GRPORun
-from .tree import alternatives, child, section_of
+from .tree import alternatives, child, parts_of, section_of
 from .trl_fields import TRL_CLASS, field_types, validator
 from .trl_limits import OURS_INSTEAD
 from .validate import validate
-from .values import expanded
+from .values import expanded, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ RENAMED = {
 SERVER_ADDRESS = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port")
 # What this project sets where the YAML is silent.
 TRL_DEFAULTS = {"logging_steps": 1, "report_to": "none", "save_total_limit": 2}
-TAGS = ("int", "float", "bool", "str", "dict", "list")
 # TRL's own default masks whole sequences, the longer the likelier.
 GRPO_DEFAULTS = {"vllm_importance_sampling_mode": "token_truncate"}
 
@@ -83,7 +82,7 @@ def parse(run_class: type, argv: list[str], default_config: Path | None = None, 
     tree = _read(path) if path is not None else {}
     for key, text in _arguments(argv).items():
         if key != "config":
-            _set(tree, key, _value(key, text, functools.reduce(child, key.split("."), run_class)))
+            _set(tree, key, _value(key, text, functools.reduce(child, parts_of(key), run_class)))
     return build(run_class, tree, str(path) if path else "the command line", processes)
 
 
@@ -138,6 +137,8 @@ def _build(run_class: type, tree: dict, where: str, processes: int | None) -> An
 def as_tree(run: Any) -> dict:
     """The resolved configuration as plain data, in the shape of the YAML that would give it."""
     tree = dataclasses.asdict(run)
+    for reward in tree.get("rewards", {}).values():
+        reward |= reward.pop("parameters")
     return {**tree.pop("trl", {}), **tree}
 
 
@@ -242,7 +243,7 @@ def _read(path: Path) -> dict:
 
 def _set(tree: dict, key: str, value: Any) -> None:
     """Set a dotted key in place; a number between the dots counts into a list."""
-    node, parts = tree, key.split(".")
+    node, parts = tree, parts_of(key)
     for part, following in zip(parts, parts[1:] + [None], strict=True):
         index = int(part) if isinstance(node, list) and part.isdigit() else part
         if isinstance(node, list) and not (isinstance(index, int) and index < len(node)):
@@ -277,9 +278,7 @@ def _typed(check: Callable[[dict], Any], tree: dict, where: str, run_class: type
         return check(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        # Tags of a union ("float", "function-after[...]") are no part of the field's name.
-        location = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-        location = [part for part in location if part not in TAGS]
+        location, refused = refusal(first)
         key = ".".join(location)
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             section = section_of(functools.reduce(child, location[:-1], run_class))
@@ -287,6 +286,4 @@ def _typed(check: Callable[[dict], Any], tree: dict, where: str, run_class: type
             raise UserError(_unknown(where, key, known)) from error
         if first["type"] in ("missing", "missing_argument"):
             raise UserError(f"{where}: `{key}` is missing.") from error
-        got, what = first["input"], first["msg"].removeprefix("Value error, ")
-        shown = "nothing (null)" if got is None else f"{got!r} ({type(got).__name__})"
-        raise UserError(f"{where}: `{key}`: {what}; got {shown}.") from error
+        raise UserError(f"{where}: `{key}`: {refused}") from error

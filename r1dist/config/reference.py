@@ -133,7 +133,7 @@ def _fields(launcher: type, section: type, prefix: str) -> Iterator[FieldHelp]:
             continue
         default = _shown(shown["default"]) if "default" in shown else ""
         meaning = " ".join(shown.get("description", "").split())
-        yield FieldHelp(name.rstrip("_"), default, may_change(launcher, name.replace(".N", "")), meaning)
+        yield FieldHelp(name.rstrip("_"), default, may_change(launcher, name.replace(".N", ".0")), meaning)
 
 
 def _shown(value: Any) -> str:

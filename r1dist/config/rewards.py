@@ -1,14 +1,12 @@
-"""A reward in the YAML: its fields, and which reward takes which. Imports without torch."""
+"""A reward in the YAML: the fields that all rewards have. Its own are checked by `rewards.registry`."""
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any
 
-from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ..errors import UserError
-from .languages import SCRIPT
 from .resumable import MayChange
-from .values import PathText
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 """Of all sections: unknown fields are refused, and numbers that are not finite."""
@@ -24,20 +22,33 @@ class Reward:
     """Only for rows of these kinds (`data.sources.N.kind`); other rows go without it. Unset: for all."""
     from_step: int = Field(default=0, ge=0)
     """Optimizer steps before which it is left out."""
-    target: Literal["prompt", *SCRIPT] | None = None  # type: ignore[valid-type]
-    """`language`: the language to think in. `prompt`, the default: that of the row's problem."""
-    model: PathText | None = None
-    """`helpfulness`, `safety`: the folder of the reward model (launch/reward_model.py)."""
-    max_tokens: PositiveInt | None = None
-    """`cosine`: tokens at which length has its full effect. `overlong`: tokens that are too many."""
-    cache_tokens: PositiveInt | None = None
-    """`overlong`: over this many tokens before `max_tokens` the punishment grows."""
-    correct: tuple[FiniteFloat, FiniteFloat] | None = None
-    """`cosine`: what a right answer is paid at 0 and at `max_tokens` tokens. Unset: 1 and 0.5."""
-    wrong: tuple[FiniteFloat, FiniteFloat] | None = None
-    """`cosine`: the same for a wrong answer. Unset: -1 and -0.5."""
-    ngram: PositiveInt | None = None
-    """`repetition`: words in a row that count as a repetition. Unset: 3."""
+    isolated: MayChange[bool] = True
+    """Of your own function: whether it runs in the worker processes, within the limits of `verify`. False: in the
+    trainer's process, for one that asks a remote model."""
+    concurrency: MayChange[PositiveInt | None] = None
+    """`isolated: false`: calls at a time, of each training process. Unset: 8."""
+    retries: MayChange[NonNegativeInt | None] = None
+    """`isolated: false`: times that a call that failed is made again. Unset: 2."""
+    deadline: MayChange[PositiveFloat | None] = None
+    """`isolated: false`: seconds that a call may take each time. Unset: 60."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """What its function takes. In the YAML these fields stand beside the others."""
+
+
+IN_TRAINER = ("concurrency", "retries", "deadline")
+"""Fields of `isolated: false`."""
+OF_ALL = tuple(field.name for field in dataclasses.fields(Reward) if field.name != "parameters")
+"""Fields that every reward has."""
+
+
+def reward_fields(value: Any) -> Any:
+    """A reward of the YAML, or its weight, as `Reward`'s fields."""
+    if isinstance(value, Reward):
+        return value
+    if not isinstance(value, dict):
+        return {"weight": value}
+    own = {name: given for name, given in value.items() if name not in OF_ALL}
+    return {**{name: given for name, given in value.items() if name in OF_ALL}, "parameters": own}
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -58,54 +69,3 @@ class Verify:
     def of(self, verifier: str) -> float:
         """Seconds for one completion."""
         return self.code_seconds if verifier == "code" else self.seconds
-
-
-# The report's own rewards come first.
-TAKES: dict[str, tuple[str, ...]] = {
-    "accuracy": (),
-    "format": (),
-    "helpfulness": ("model",),
-    "language": ("target",),
-    "safety": ("model",),
-    "code": (),
-    "code_format": (),
-    "cosine": ("max_tokens", "correct", "wrong"),
-    "length": (),
-    "overlong": ("max_tokens", "cache_tokens"),
-    "reasoning_steps": (),
-    "repetition": ("ngram",),
-    "soft_format": (),
-    "tag_count": (),
-    "task": (),
-}
-DEFAULTS = {"target": "prompt", "correct": (1.0, 0.5), "wrong": (-1.0, -0.5), "ngram": 3}
-# Parameters without a default -> what to say where one is missing.
-NEEDED = {
-    "model": "a reward model's folder",
-    "max_tokens": "a number of tokens, such as the run's `max_completion_length`",
-    "cache_tokens": "the number of tokens before `max_tokens` over which it grows",
-}
-
-
-def check_rewards(rewards: dict[str, Reward]) -> None:
-    """Refuse, as a `UserError`, a name that is no reward, and a parameter that is not taken, missing or senseless."""
-    for name, reward in rewards.items():
-        if name not in TAKES:
-            raise UserError(f"rewards: `{name}` is not a reward; there are {', '.join(TAKES)}.")
-        for field in (*DEFAULTS, *NEEDED):
-            given = getattr(reward, field) is not None
-            if given and field not in TAKES[name]:
-                raise UserError(f"rewards.{name}: it takes no `{field}`.")
-            if not given and field in TAKES[name] and field in NEEDED:
-                raise UserError(f"rewards.{name}: it needs `{field}`, {NEEDED[field]}.")
-        if reward.cache_tokens is not None and reward.cache_tokens > reward.max_tokens:
-            raise UserError(
-                f"rewards.{name}: `cache_tokens` {reward.cache_tokens} is more than `max_tokens` "
-                f"{reward.max_tokens}, so every completion would be punished; lower it."
-            )
-
-
-def parameters(name: str, reward: Reward) -> dict[str, Any]:
-    """What the reward `name` is called with: the fields that it takes, each as given or by default."""
-    given = {field: getattr(reward, field) for field in TAKES[name]}
-    return {field: DEFAULTS[field] if value is None else value for field, value in given.items()}

@@ -10,7 +10,7 @@ from .data import Data
 from .languages import Language
 from .model import Model
 from .resumable import MayChange
-from .rewards import STRICT, Reward, Verify
+from .rewards import STRICT, Reward, Verify, reward_fields
 from .rollout import Rollout, Serve
 from .sampling import Prompting, Sampling
 from .source import Source
@@ -18,10 +18,6 @@ from .train import PlacementConfig, Train, TrainRL
 from .values import PathText, Seed, TemplateName
 
 Mode = Literal["greedy", "sampled"]
-
-
-def _weighted(value: Any) -> Any:
-    return value if isinstance(value, dict | Reward) else {"weight": value}
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -45,10 +41,11 @@ class GRPORun(TrainingRun):
 
     data: Data
     prompting: Prompting = Field(default_factory=Prompting)
-    rewards: dict[str, Annotated[Reward, BeforeValidator(_weighted)]] = Field(
+    rewards: dict[str, Annotated[Reward, BeforeValidator(reward_fields)]] = Field(
         default_factory=lambda: {"accuracy": Reward(), "format": Reward()}, min_length=1
     )
-    """Reward name -> weight, or `Reward`'s fields."""
+    """Reward name, or your own function's `module:function` or `file.py:function` -> weight, or fields: see
+    docs/rewards.md."""
     rollout: Rollout = Field(default_factory=Rollout)
     verify: Verify = Field(default_factory=Verify)
     train: TrainRL = Field(default_factory=TrainRL)

@@ -64,6 +64,8 @@ class Source:
     entry: str | None = None
     """Column with the task's own item, in a file that `launch/sample.py` made of `reasoning_gym`'s prompts. Scorers
     may run a part of it as code: never name a column of a file from elsewhere."""
+    columns: list[str] = Field(default_factory=list)
+    """Further columns that the rows keep, for a reward function of your own (RL). Dates become text."""
     system: str | None = None
     """Column with a system prompt. Ignored for the templates that bring their own."""
     kind: str = "math"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -17,6 +18,15 @@ from .trl_fields import TRL_CLASS, validated_types
 def flat(tree: dict | list) -> dict[str, Any]:
     """Dotted name -> value; a number between the dots counts into a list. Empty lists and sections are values."""
     return dict(_fields(tree, ""))
+
+
+def parts_of(name: str) -> list[str]:
+    """The parts of a dotted name. A reward's key is one, whatever dots it has (`rewards.own.py:function.weight`)."""
+    found = re.fullmatch(r"(rewards)\.([^:]+:\w+)(?:\.(.+))?", name)
+    if found is None:
+        return name.split(".")
+    section, key, field = found.groups()
+    return [section, key, *(field.split(".") if field else [])]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], run_class: type | None = None) -> list[str]:
@@ -81,16 +91,14 @@ def hints_of(section: type) -> dict[str, Any]:
 
 def may_change(run_class: type, name: str) -> bool:
     """Whether the field of that dotted name may differ on resume; see `resumable`."""
-    section: type | None = run_class
-    for part in name.split("."):
-        if part.isdigit():
-            continue
-        hints = typing.get_type_hints(section, include_extras=True) if section is not None else {}
-        if part not in hints:
-            return section is run_class and part in TRL_MAY_CHANGE
-        if MAY_CHANGE in getattr(hints[part], "__metadata__", ()):
+    first, *rest = parts_of(name)
+    if first not in typing.get_type_hints(run_class):
+        return first in TRL_MAY_CHANGE
+    hint: Any = run_class
+    for part in (first, *rest):
+        hint = child(hint, part)
+        if MAY_CHANGE in getattr(hint, "__metadata__", ()):
             return True
-        section = section_of(hints[part])
     return False
 
 
@@ -99,7 +107,7 @@ def _unset(run_class: type, name: str, tree: dict[str, Any]) -> Any:
 
     None where that is an entry of a list, or of a section that `tree` sets as a whole.
     """
-    hint, parts = run_class, name.split(".")
+    hint, parts = run_class, parts_of(name)
     for place, part in enumerate(parts):
         path = ".".join(parts[: place + 1])
         if path in tree:

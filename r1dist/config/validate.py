@@ -7,7 +7,6 @@ from .data import Data
 from .gym import PATH as GYM
 from .gym import check_tasks, has_tasks
 from .objective import LOSS_TYPES
-from .rewards import check_rewards
 from .runs import EvaluateRun, GRPORun, RewardModelRun, SFTRun, TrainingRun
 from .sampling import Filters, SampleRun
 from .source import Source, sources_in
@@ -46,7 +45,6 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_packing(run, where)
     if not isinstance(run, GRPORun):
         return
-    check_rewards(run.rewards)
     if "task" in run.rewards and not any(has_tasks(source) for source in run.data.sources):
         raise UserError(f"{where}: `rewards.task` is for rows of a task, but `data.sources` has no `path: {GYM}`.")
     _check_servers(run, where)
@@ -311,9 +309,18 @@ def _check_groups(run: GRPORun, processes: int) -> None:
             f"With this batch num_generations may be {', '.join(map(str, divisors))}; "
             f"or make the batch a multiple of {group}."
         )
-    if run.train.dynamic_sampling and per_device * steps % group:
+    if run.train.dynamic_sampling:
+        check_whole_groups(run, processes, "train.dynamic_sampling replaces whole groups on each process")
+
+
+def check_whole_groups(run: GRPORun, processes: int, why: str) -> None:
+    """Raises `UserError`, which begins with `why`, if a group may lie on several processes."""
+    group = trl_value(run, "num_generations")
+    per_device = trl_value(run, "per_device_train_batch_size")
+    steps = micro_steps_per_generation(run, processes)
+    if per_device * steps % group:
         raise UserError(
-            f"train.dynamic_sampling replaces whole groups on each process, but num_generations {group} does not "
-            f"divide its {per_device * steps} rollouts.\nMake per_device_train_batch_size ({per_device}) times "
-            f"steps_per_generation ({steps}) a multiple of {group}."
+            f"{why}, but num_generations {group} does not divide its {per_device * steps} rollouts.\n"
+            f"Make per_device_train_batch_size ({per_device}) times steps_per_generation ({steps}) a multiple of "
+            f"{group}."
         )

@@ -5,6 +5,9 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
+from pydantic_core import ErrorDetails
+
+TAGS = ("int", "float", "bool", "str", "dict", "list")
 
 
 def expanded(text: Any) -> Any:
@@ -20,6 +23,16 @@ def expanded(text: Any) -> Any:
     if full.startswith("~"):
         raise ValueError(f"there is no home folder {full.split('/')[0]}")
     return full
+
+
+def refusal(error: ErrorDetails) -> tuple[list[str], str]:
+    """Where a value stands that pydantic refuses, and why."""
+    # Tags of a union ("float", "function-after[...]") are no part of the field's name. A colon is in a reward's.
+    parts = [str(part) for part in error["loc"]]
+    location = [part for part in parts if part.isidentifier() or part.isdigit() or (":" in part and "[" not in part)]
+    got, what = error["input"], error["msg"].removeprefix("Value error, ")
+    shown = "nothing (null)" if got is None else f"{got!r} ({type(got).__name__})"
+    return [part for part in location if part not in TAGS], f"{what}; got {shown}."
 
 
 def _path(text: str) -> str:

@@ -2,8 +2,8 @@
 
 A row leaves here with the same columns: `problem`, `answer` (for rewards), `earlier` (the exchanges before the
 problem), `messages` (for SFT: the turns before the completion), `completion`, `system`, `source` and `kind`; a
-program's `tests` (JSON) and `language`; a task's `entry` (`gym.rows`). Rows that cannot be used are counted and
-left out.
+program's `tests` (JSON) and `language`; a task's `entry` (`gym.rows`); `columns`, further ones (JSON). Rows that
+cannot be used are counted and left out.
 """
 
 import json
@@ -32,8 +32,10 @@ TEXT = Value("string")
 ABOUT = {"source": TEXT, "kind": TEXT}
 PROBLEM = {
     "problem": TEXT, "earlier": List({"question": TEXT, "reply": TEXT}), "answer": TEXT, "system": TEXT,
-    "tests": TEXT, "language": TEXT, "entry": TEXT, **ABOUT,
+    "tests": TEXT, "language": TEXT, "entry": TEXT, "columns": TEXT, **ABOUT,
 }  # fmt: skip
+TAKEN = {*PROBLEM, "prompt", "prompt_id", "prompt_ids", "prompt_length", "tokens", "group_tokens", "completion_ids"}
+"""Columns of the rows that rewards are given."""
 LISTED = {**PROBLEM, "answer": List(TEXT)}
 CONVERSATION = {"messages": List({"role": TEXT, "content": TEXT}), "completion": TEXT, **ABOUT}
 PAIR = {"problem": TEXT, "chosen": TEXT, "rejected": TEXT}
@@ -50,7 +52,7 @@ def load_problems(
     stopping_strategy: str | None = None,
     clean: Callable[[list[Dataset]], list[Dataset]] | None = None,
 ) -> Dataset:
-    """All rows with `problem`, `earlier`, `answer`, `system`, `source`, `kind`, `tests`, `language` and `entry`.
+    """All rows with the columns of `PROBLEM`.
 
     Rows without an answer are counted and left out; a source where they are the majority is refused. Where a
     source holds lists of equally right answers, `answer` is a list in all rows. With weights, `combined` takes `seed`
@@ -174,6 +176,10 @@ def _problems(source: Source) -> Dataset:
         del columns["answer"]
     further = ("tests", "language", "system", "choices", "entry")
     columns |= {field: named for field in further if (named := getattr(source, field)) is not None}
+    columns |= {"columns": source.columns} if source.columns else {}
+    kept_as = {column.rpartition(".")[2]: column for column in source.columns}
+    if taken := TAKEN & kept_as.keys():
+        raise UserError(f"data.sources: `columns`: rows have a `{taken.pop()}` already; rename that of {source.path}.")
     require_columns(source, raw, columns)
     listed = source.answer is not None and holds_lists(raw, source.answer)
 
@@ -202,6 +208,7 @@ def _problems(source: Source) -> Dataset:
             "tests": tests if tests is None or isinstance(tests, str) else json.dumps(tests),
             "language": as_text(value_of(row, source.language)) if source.language else None,
             "entry": entry,
+            "columns": json.dumps({name: value_of(row, column) for name, column in kept_as.items()}, default=str),
             "source": source.path,
             "kind": source.kind,
         }

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,6 +15,7 @@ from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
 from ..errors import UserError
 from ..files import samples_folder
+from ..rewards.registry import check_rewards
 
 EVALUATION = ".evaluation"
 
@@ -38,6 +40,14 @@ KINDS = {
     "sample": Kind("sample.py", SampleRun, trains=False, rolls_out=True, answers=False),
     "evaluate": Kind("evaluate.py", EvaluateRun, trains=False, rolls_out=True, answers=False),
 }
+
+
+def parsed(kind: Kind, arguments: list[str], processes: int | None = None) -> Any:
+    """The configuration that a stage's launcher makes of `arguments`, its rewards checked. Raises `UserError`."""
+    run = parse(kind.run_class, arguments, processes=processes)
+    if isinstance(run, GRPORun):
+        check_rewards(run, processes)
+    return run
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,7 @@ class Graph:
             needs=self._trained(stage.inputs.values()),
             command=[sys.executable, *words, *arguments],
             run_class=kind.run_class,
-            config=as_tree(parse(kind.run_class, asked, processes=self.processes)),
+            config=as_tree(parsed(kind, asked, self.processes)),
             output=Path(self.output(stage.name)),
             folder=self.folder / stage.name,
             trains=kind.trains,

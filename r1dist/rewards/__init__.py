@@ -11,18 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Source
 from ..config.gym import has_tasks
-from ..config.rewards import Reward, check_rewards, parameters
+from ..config.rewards import Reward
 from ..errors import VerifiersBroken
-from .code.reward import code, code_format
 from .code.sandbox import require_sandbox
-from .format import format_reward, soft_format, tag_count
 from .golds import GRADED, check_golds_of
-from .language import language
-from .length import cosine, length, overlong
+from .own import is_own
+from .own_calls import OwnScorer, check_columns
 from .pool import Pool
-from .repetition import repetition
-from .steps import reasoning_steps
-from .task import accuracy, task
+from .registry import MODELS, ONE_BY_ONE, VERIFIERS, own_reward, parameters, settle
 
 if TYPE_CHECKING:  # nothing for a pool's workers to import
     from datasets import Dataset
@@ -31,29 +27,6 @@ Scorer = Callable[[list[str], list[dict]], list[float | None]]
 """Completions' texts and their rows -> scores. A row holds the dataset's columns, `tokens` (the length of its
 completion), `group_tokens` (those of all completions of its prompt) and `VERIFIED`."""
 
-ONE_BY_ONE: dict[str, Callable[..., float | None]] = {
-    "cosine": cosine,
-    "format": format_reward,
-    "length": length,
-    "overlong": overlong,
-    "soft_format": soft_format,
-    "tag_count": tag_count,
-}
-"""Rewards of a completion and its row, called with the parameters that the YAML gives.
-
-They run in the trainer's thread: the longest completion, whatever it holds, takes them a few milliseconds.
-"""
-
-VERIFIERS: dict[str, Callable[..., float | None]] = {
-    "accuracy": accuracy,
-    "code": code,
-    "code_format": code_format,
-    "language": language,
-    "reasoning_steps": reasoning_steps,
-    "repetition": repetition,
-    "task": task,
-}
-"""The same, where a completion can make them slow, or worse: only ever called in a pool's workers."""
 THINKING = {"format", "language", "soft_format"}
 """Rewards that pay nothing where nothing is thought."""
 VERIFIED = "verified"
@@ -73,28 +46,36 @@ class Rewards:
 
     Args:
         rewards: As the YAML names them.
-        pool: Where `VERIFIERS` run; it must know them.
+        pool: Where `VERIFIERS` and the user's functions run; it must know them.
         dataset: The run's rows. None: they are not checked.
         dtype: Of reward models: what the trainer computes in.
 
-    Reward models are loaded. Raises `UserError` for what `check_rewards` refuses, for rows of which none can be
-    scored, for a `model` that is none, and for `code` where no sandbox is installed; `VerifiersBroken` where the
+    A function of the user's goes by its own name, without its module or file. Reward models are loaded. Raises
+    `UserError` for what `settle` refuses, for rows of which none can be scored or which lack a column that a function
+    takes, for a `model` that is none, and for `code` where no sandbox is installed; `VerifiersBroken` where the
     machine does not let it run.
     """
 
     def __init__(
         self, rewards: dict[str, Reward], pool: Pool, dataset: "Dataset | None" = None, dtype: str = "float32"
     ):
-        check_rewards(rewards)
+        settle(rewards)
+        self.own = {own_reward(key).name: own_reward(key) for key in rewards if is_own(key)}
+        rewards = {own_reward(key).name if is_own(key) else key: reward for key, reward in rewards.items()}
         if dataset is not None:
             check_golds_of(rewards, dataset, pool)
+            for name, own in self.own.items():
+                check_columns(own, rewards[name], dataset)
         if "code" in rewards:
             require_sandbox()
         self.rewards = rewards
         self.pool = pool
         self._pending: dict[tuple[tuple, str], Future] = {}
         self.scorers = {
-            name: _for_kinds(_scorer(name, reward, pool, dtype), reward.kinds) for name, reward in rewards.items()
+            name: _for_kinds(
+                self._own_scorer(name) if name in self.own else _scorer(name, reward, pool, dtype), reward
+            )
+            for name, reward in rewards.items()
         }
 
     def begin(self, rollout_id: tuple, step: int, text: str, row: dict) -> None:
@@ -116,26 +97,32 @@ class Rewards:
         return None
 
     def score(
-        self, rollout_ids: Sequence[tuple], step: int, texts: list[str], rows: list[dict]
-    ) -> dict[str, list[float | None]]:
+        self, rollout_ids: Sequence[tuple], step: int, texts: list[str], rows: list[dict],
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> dict[str, list[float | None]]:  # fmt: skip
         """Reward name -> the rollouts' scores. Each completion is verified once, however many rewards use that.
 
         Args:
             rollout_ids: Names of the rollouts, as `begin` was given them.
             step: The optimizer step; rewards with a later `from_step` score nothing.
-            rows: The dataset's rows with `tokens` and `group_tokens`.
+            rows: The dataset's rows with `tokens`, `group_tokens` and, for functions of the user's, `completion_ids`.
+            heartbeat: Called for each call of these functions that ends.
 
-        Raises what the verifiers raised.
+        Raises what the verifiers raised, and `RewardFailed`.
         """
+        due = [name for name, reward in self.rewards.items() if step >= reward.from_step]
+        scores = {name: self.scorers[name](texts, rows, heartbeat) for name in due if name in self.own}
         rows = [
             {**row, VERIFIED: {verifier: self._result(rollout_id, verifier, text, row)
                                for verifier in self._due(step, row)}}
             for rollout_id, text, row in zip(rollout_ids, texts, rows, strict=True)
         ]  # fmt: skip
-        return {
-            name: scorer(texts, rows) if step >= self.rewards[name].from_step else [None] * len(rows)
-            for name, scorer in self.scorers.items()
-        }
+        scores |= {name: self.scorers[name](texts, rows) for name in due if name not in self.own}
+        return {name: scores.get(name, [None] * len(rows)) for name in self.rewards}
+
+    def _own_scorer(self, name: str) -> OwnScorer:
+        own, reward = self.own[name], self.rewards[name]
+        return OwnScorer(own, reward, parameters(own.key, reward), self.pool)
 
     def _result(self, rollout_id: tuple, verifier: str, text: str, row: dict) -> float | None:
         future = self._pending.pop((rollout_id, verifier), None) or self._submit(verifier, text, row)
@@ -159,10 +146,8 @@ class Rewards:
 def _scorer(name: str, reward: Reward, pool: Pool, dtype: str) -> Scorer:
     if name in VERIFIERS:
         return functools.partial(_verified, name, pool, **parameters(name, reward))
-    if name not in ONE_BY_ONE:
-        from .model import ModelReward  # torch and transformers are nothing for a pool's workers to import
-
-        return ModelReward(name, reward.model, dtype)
+    if name in MODELS:
+        return MODELS[name](name, dtype, **parameters(name, reward))
     score_one = functools.partial(ONE_BY_ONE[name], **parameters(name, reward))
 
     def scores(texts: list[str], rows: list[dict]) -> list[float | None]:
@@ -180,13 +165,14 @@ def _verified(name: str, pool: Pool, texts: list[str], rows: list[dict], **given
     return pool.scores(name, texts, rows, **given)
 
 
-def _for_kinds(scorer: Scorer, kinds: list[str] | None) -> Scorer:
+def _for_kinds(scorer: Scorer, reward: Reward) -> Callable:
+    kinds = reward.kinds
     if kinds is None:
         return scorer
 
-    def scores(texts: list[str], rows: list[dict]) -> list[float | None]:
+    def scores(texts: list[str], rows: list[dict], *heartbeat: Callable[[], None]) -> list[float | None]:
         meant = [place for place, row in enumerate(rows) if row["kind"] in kinds]
-        scored = scorer([texts[i] for i in meant], [rows[i] for i in meant]) if meant else []
+        scored = scorer([texts[i] for i in meant], [rows[i] for i in meant], *heartbeat) if meant else []
         by_place = dict(zip(meant, scored, strict=True))
         return [by_place.get(place) for place in range(len(rows))]
 

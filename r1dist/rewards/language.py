@@ -7,6 +7,7 @@ not in `r1dist.languages`, which count as the nearest of those that are, or as n
 import copy
 import functools
 from collections import Counter
+from typing import Literal
 
 import regex
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -33,6 +34,8 @@ LATEX = regex.compile(
     regex.VERBOSE | regex.DOTALL,
 )
 CODE = regex.compile(r"```.*?```|`[^`\n]*+`", regex.DOTALL)
+Target = Literal["prompt", *SCRIPT]  # type: ignore[valid-type]
+"""The language to think in; `prompt`: that of the row's problem."""
 WINDOW = 8
 # Below it, the identifier is not trusted to contradict what is expected. docs/rewards.md has the measurement.
 SURE = 0.7
@@ -40,7 +43,7 @@ SURE = 0.7
 KANA_SHARE = 0.1
 
 
-def language(completion: str, row: dict, target: str) -> float | None:
+def language(completion: str, row: dict, target: Target = "prompt") -> float | None:
     """`language_share` of what is thought; 0 if nothing is, as far as the thinking got if it was cut off.
 
     Words in `target` in the thinking / words in the thinking. Range [0, 1]; None for a thought without a word. With

@@ -4,10 +4,17 @@ Where they ask whether the answer is right, it is `accuracy` of the row, None if
 """
 
 import math
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat, PositiveInt
+
+Ends = tuple[FiniteFloat, FiniteFloat]
+MaxTokens = Annotated[PositiveInt, Field(description="a number of tokens, such as the run's `max_completion_length`")]
+CacheTokens = Annotated[PositiveInt, Field(description="the number of tokens before `max_tokens` over which it grows")]
 
 
 def cosine(
-    completion: str, row: dict, max_tokens: int, correct: tuple[float, float], wrong: tuple[float, float]
+    completion: str, row: dict, max_tokens: MaxTokens, correct: Ends = (1.0, 0.5), wrong: Ends = (-1.0, -0.5)
 ) -> float | None:
     """long + (short - long) (1 + cos(pi t)) / 2 with t = min(1, tokens / max_tokens).
 
@@ -43,7 +50,7 @@ def length(completion: str, row: dict) -> float | None:
     return merit if right else min(0.0, merit)
 
 
-def overlong(completion: str, row: dict, max_tokens: int, cache_tokens: int) -> float:
+def overlong(completion: str, row: dict, max_tokens: MaxTokens, cache_tokens: CacheTokens) -> float:
     """0 up to max_tokens - cache_tokens tokens, then falling in a line to -1 at `max_tokens`, -1 beyond.
 
     Range [-1, 0]. Source: DAPO (arXiv 2503.14476), equation 13, as TRL computes it.

@@ -37,12 +37,14 @@ Verifier = Callable[..., float | None]
 
 
 class Item(NamedTuple):
-    """What a worker is asked: the score of `completion` by the verifier `name`."""
+    """What a worker is asked: the score of `completion` by the verifier `name`; for a function of the user's, the
+    scores of several."""
 
     name: str
-    completion: str
-    row: dict
+    completion: str | list[str]
+    row: dict | list[dict]
     parameters: dict[str, Any]
+    of_user: bool = False
 
 
 class Died(Exception):
@@ -61,7 +63,8 @@ class Pool:
         limits: What an item may cost, how many workers, how long to wait for verifiers that are down.
         share: Among how many processes the machine's cores are divided.
 
-    An item beyond its limits scores 0, or None if its row cannot even be scored with an empty completion. `counts`
+    An item beyond its limits scores 0, or None if its row cannot even be scored with an empty completion; a `call`
+    raises `Overran`. `counts`
     holds how often an item overran, a worker died, and verifying was broken. Use it as a context, or `close` it.
     """
 
@@ -104,6 +107,12 @@ class Pool:
         self._items.put((future, Item(name, completion, row, parameters)))
         return future
 
+    def call(self, name: str, completions: list[str], rows: list[dict], parameters: dict[str, Any]) -> Future:
+        """The scores to come by the user's function `name`; `result` raises `Overran`, too."""
+        future: Future = Future()
+        self._items.put((future, Item(name, completions, rows, parameters, of_user=True)))
+        return future
+
     def scores(
         self, name: str, completions: Sequence[str], rows: Sequence[dict], **parameters: Any
     ) -> list[float | None]:
@@ -142,6 +151,8 @@ class Pool:
             return self._asked_again(worker, item)
         except Overran:
             self.counts["overran"] += 1
+            if item.of_user:  # whether the completion is to blame, or the function, nobody knows
+                raise
         try:
             # A row with a gold answer that cannot be parsed is unscorable, not wrong.
             unscorable = self._asked_again(worker, item._replace(completion="")) is None

@@ -2,6 +2,8 @@
 
 import re
 
+from pydantic import PositiveInt
+
 # A word, one Han character, or one sign: chains of formulas repeat words, but hardly ever the signs between them.
 PIECE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+|[^\w\s]")
 
@@ -17,7 +19,7 @@ def repetition_share(text: str, n: int) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def repetition(completion: str, row: dict, ngram: int) -> float:
+def repetition(completion: str, row: dict, ngram: PositiveInt = 3) -> float:
     """-`repetition_share` of n-grams of `ngram` pieces: words, Han characters and signs, not the model's tokens.
 
     Range (-1, 0]. Source: as `repetition_share`.

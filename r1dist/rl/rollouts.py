@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from trl.trainer.utils import nanstd
 
 from ..data.templates import Template
-from ..errors import VerifiersBroken
+from ..errors import RewardFailed, VerifiersBroken
 from ..generation.engine import Engine, Rollout, RolloutId, Sampling
 from ..generation.lookahead import Generation
 from ..generation.source import GenerationSource
@@ -68,7 +68,8 @@ class RolloutPipeline:
     def next_batch(self, number: int) -> RolloutBatch:
         """Generation `number`, scored. A collective.
 
-        Raises on every rank `RolloutsLost` if one gets no rollouts, `VerifiersBroken` if one cannot verify.
+        Raises on every rank `RolloutsLost` if one gets no rollouts, `VerifiersBroken` if one cannot verify,
+        `RewardFailed` if a function of the user's fails on one.
         """
         batch = self._score(self.source.take(number))
         if self.dynamic_sampling:
@@ -100,11 +101,12 @@ class RolloutPipeline:
                 for prompt, _, completion in report.lengths:
                     tokens.setdefault(prompt, []).append(completion)
             rows = [
-                {**row, "tokens": len(rollout.token_ids), "group_tokens": tokens[row["prompt_id"]]}
+                {**row, "tokens": len(rollout.token_ids), "group_tokens": tokens[row["prompt_id"]],
+                 "completion_ids": rollout.token_ids}
                 for row, rollout in zip(generation.rows, rollouts, strict=True)
-            ]
-            scores = self.rewards.score(ids, generation.step, texts, rows)
-            advantages = self._advantages(scores)
+            ]  # fmt: skip
+            scores, failed = self._scores(ids, generation.step, texts, rows)
+            advantages = self._advantages(scores, failed)
         self._log_lengths(reports)
         if self.traces is not None:
             by_rollout = [dict(zip(scores, row, strict=True)) for row in zip(*scores.values(), strict=True)]
@@ -141,10 +143,26 @@ class RolloutPipeline:
             self.log(f"verify/{name}", count)
         return reports
 
-    def _advantages(self, scores: dict[str, list[float | None]]) -> torch.Tensor:
-        """This rank's advantages [B], from all ranks' rewards, since a group may lie on two ranks. A collective."""
+    def _scores(
+        self, ids: list[RolloutId], step: int, texts: list[str], rows: list[dict]
+    ) -> tuple[dict[str, list[float | None]], str | None]:
+        """This rank's scores, or why there are none: the other ranks must hear of it before one stops."""
+        try:
+            return self.rewards.score(ids, step, texts, rows, self.heartbeat), None
+        except (RewardFailed, VerifiersBroken) as error:
+            return {}, str(error)
+
+    def _advantages(self, scores: dict[str, list[float | None]], failed: str | None) -> torch.Tensor:
+        """This rank's advantages [B], from all ranks' rewards, since a group may lie on two ranks. A collective.
+
+        Raises `RewardFailed` on every rank if scoring has `failed` on one.
+        """
         local = [[float("nan") if x is None else x for x in row] for row in zip(*scores.values(), strict=True)]
-        rewards = torch.tensor(gather_object(local), dtype=torch.float32)
+        parts = gather_object([(failed, local)])
+        for why, _ in parts:
+            if why is not None:
+                raise RewardFailed(why)
+        rewards = torch.tensor([row for _, part in parts for row in part], dtype=torch.float32)
         weights = torch.tensor([self.rewards.rewards[name].weight for name in scores], dtype=torch.float32)
         scale, aggregation = self.config.scale_rewards, self.config.multi_objective_aggregation
         found = group_advantages(rewards, weights, self.prompts.group, scale, aggregation)

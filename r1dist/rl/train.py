@@ -13,7 +13,7 @@ from ..config import GRPORun
 from ..config.trl_fields import trl_value
 from ..data.prompts import prompt_dataset
 from ..data.templates import Template, load_template
-from ..errors import RunStopped, UserError, VerifiersBroken
+from ..errors import RewardFailed, RunStopped, UserError, VerifiersBroken
 from ..evaluation.training import TrainingEvaluation, evaluation_sources, training_evaluation
 from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
@@ -21,6 +21,7 @@ from ..generation.trainer_engines import local_engine, server_engine, training_s
 from ..models import check_lora, load_model_config, model_init_kwargs, weights_path
 from ..rewards import THINKING, Rewards, verifiers_of
 from ..rewards.pool import Pool
+from ..rewards.registry import isolated, source_digests
 from ..run.process import set_up_process
 from ..run.progress import show_progress
 from ..run.setup import check_rows, computing_dtype, hardware_defaults, run_folder, trl_arguments
@@ -43,7 +44,9 @@ def train(run: GRPORun) -> None:
     set_up_process(use_cpu=run.trl.get("use_cpu", False))
     check_lora(run.model)
     verifiers = verifiers_of(run.rewards, [*run.data.sources, *evaluation_sources(run.data)])
-    with Pool(verifiers, run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) as pool:
+    with Pool(
+        verifiers | isolated(run.rewards), run.verify, share=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ) as pool:
         _train(run, pool)
 
 
@@ -63,11 +66,11 @@ def _train(run: GRPORun, pool: Pool) -> None:
     rewards = Rewards(run.rewards, pool, dataset, dtype)
     prompts = [*dataset["prompt_ids"], *(evaluation.longest if evaluation else [])]
     servers = training_servers(run, dtype, template, prompts, arguments.process_index)
-    with run_folder(run, "grpo", contaminated) as checkpoint, servers:
+    with run_folder(run, "grpo", contaminated, source_digests(run.rewards)) as checkpoint, servers:
         trainer = build_trainer(run, arguments, template, dataset, rewards, evaluation)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except (RolloutsLost, VerifiersBroken) as error:
+        except (RolloutsLost, VerifiersBroken, RewardFailed) as error:
             raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
         finally:
             trainer.close()

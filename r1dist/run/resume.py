@@ -55,10 +55,10 @@ def check_same(folder: Path, run_class: type, tree: dict, data: dict[str, str], 
     others = [name for name in differences(recorded.get("data", data), data) if not may_change(run_class, name)]
     if others:
         values = flat(tree)
-        shown = ", ".join(f"{values[name]} (`{name}`)" for name in others[:5])
+        shown = ", ".join(f"{values[name]} (`{name}`)" if name in values else f"`{name}`" for name in others[:5])
         raise UserError(
             f"{field} {folder} holds a run with other data: {shown} has changed since it began.\n"
-            f"Restore the data, or choose another {field}."
+            f"Restore it, or choose another {field}."
         )
 
 

@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -82,14 +83,18 @@ def _schedule(arguments: TrainingArguments) -> None:
 
 @contextmanager
 def run_folder(
-    run: GRPORun | SFTRun | RewardModelRun, launcher: str, contaminated: Sequence[dict] = ()
+    run: GRPORun | SFTRun | RewardModelRun,
+    launcher: str,
+    contaminated: Sequence[dict] = (),
+    sources: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str | None]:
     """The run's folder, locked inside the context; yields the checkpoint to resume from, if any.
 
     All ranks wait for the first one's lock: a file that another rank wrote before it would look like
     another run's. Enter it after TRL's arguments are built, which join the process group. A `RunStopped` is
     written to `ended.json`, since `accelerate launch` and `torchrun` do not pass exit codes on. `contaminated`, the
-    rows that decontamination dropped, are listed in a file of their own. Raises `UserError`.
+    rows that decontamination dropped, are listed in a file of their own. `sources`: fields with the digests of the
+    source files that they name, which a resumed run must have, too. Raises `UserError`.
     """
     folder = Path(run.trl["output_dir"])
     first = PartialState().is_main_process
@@ -97,7 +102,7 @@ def run_folder(
     resume = broadcast_object_list([run.resume is True or (run.resume == "auto" and (folder / RUN_FILE).exists())])[0]
     if first:
         check_folder(folder, resume)
-        data = data_digests(as_tree(run))
+        data = data_digests(as_tree(run)) | sources
         if resume:
             check_same(folder, type(run), as_tree(run), data)
     with lock_run_dir(folder) if first else nullcontext():

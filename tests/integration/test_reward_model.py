@@ -139,7 +139,10 @@ def test_rows_held_out_that_are_longer_than_the_limit_are_not_measured(template,
 
 
 def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained, pool):
-    rewards = {"safety": Reward(model=str(trained / "safety"), kinds=["talk"]), "accuracy": Reward(kinds=["math"])}
+    rewards = {
+        "safety": Reward(parameters={"model": str(trained / "safety")}, kinds=["talk"]),
+        "accuracy": Reward(kinds=["math"]),
+    }
     scorers = Rewards(rewards, pool).scorers
     rows = [ROW, {"problem": "1+1?", "answer": "2", "kind": "math"}]
     texts = [talk.response("A greeting.", "Hello!"), "<answer>2</answer>"]

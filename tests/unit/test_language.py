@@ -102,9 +102,12 @@ def test_the_target_may_be_the_prompts(pool):
     problems = {language: text for language, text in SENTENCES}
     rows = [{"problem": problems[name], "kind": "math"} for name in ("fr", "zh", "en")]
     texts = [f"<think>{problems[name]}</think>" for name in ("fr", "en", "fr")]
-    assert Rewards({"language": Reward()}, pool).scorers["language"](texts, rows) == [1.0, 0.0, 0.0]
-    assert Rewards({"language": Reward(target="prompt")}, pool).scorers["language"](texts, rows) == [1.0, 0.0, 0.0]
-    assert Rewards({"language": Reward(target="fr")}, pool).scorers["language"](texts, rows) == [1.0, 0.0, 1.0]
+    for given, scores in (
+        ({}, [1.0, 0.0, 0.0]),
+        ({"target": "prompt"}, [1.0, 0.0, 0.0]),
+        ({"target": "fr"}, [1.0, 0.0, 1.0]),
+    ):
+        assert Rewards({"language": Reward(parameters=given)}, pool).scorers["language"](texts, rows) == scores
 
 
 @pytest.mark.parametrize("target", sorted(SCRIPT))

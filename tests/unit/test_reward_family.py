@@ -12,10 +12,11 @@ from conftest import ROOT
 
 from r1dist.config import GRPORun, Reward
 from r1dist.config.loader import build
-from r1dist.config.rewards import TAKES
+from r1dist.config.rewards import reward_fields
 from r1dist.errors import UserError
 from r1dist.rewards import ONE_BY_ONE, VERIFIERS, Rewards
 from r1dist.rewards.format import format_reward, soft_format, tag_count
+from r1dist.rewards.registry import BUILT_IN, check_rewards
 from r1dist.rewards.repetition import repetition
 from r1dist.rewards.steps import reasoning_steps
 
@@ -31,7 +32,7 @@ def scored(pool):
     """Scores by a reward's name and fields."""
 
     def scores(name: str, texts: list[str], given: list[dict], **fields) -> list[float | None]:
-        return Rewards({name: Reward(**fields)}, pool).scorers[name](texts, given)
+        return Rewards({name: Reward(**reward_fields(fields))}, pool).scorers[name](texts, given)
 
     return scores
 
@@ -169,7 +170,7 @@ def test_no_reward_costs_the_trainers_thread_much_whatever_the_text(monkeypatch)
 
 
 def test_every_name_has_its_function_and_no_trainer_is_imported():
-    assert set(TAKES) == {*ONE_BY_ONE, *VERIFIERS, "helpfulness", "safety"}
+    assert BUILT_IN.keys() == {*ONE_BY_ONE, *VERIFIERS, "helpfulness", "safety"}
     code = "import sys, r1dist.rewards; print([m for m in sys.modules if m.startswith('trl.trainer')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -193,7 +194,7 @@ REFUSED = [
 @pytest.mark.parametrize(("rewards", "message"), REFUSED)
 def test_a_parameter_is_refused_before_anything_is_loaded(small_grpo, rewards, message):
     with pytest.raises(UserError) as error:
-        build(GRPORun, {**small_grpo, "rewards": rewards}, "run.yaml")
+        check_rewards(build(GRPORun, {**small_grpo, "rewards": rewards}, "run.yaml"))
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) <= 2
 

@@ -102,9 +102,9 @@ def test_selection_names_what_there_is(pool):
     with pytest.raises(UserError, match=r"rewards.safety: it needs `model`"):
         Rewards({"safety": Reward()}, pool)
     with pytest.raises(UserError, match=r"rewards.format: it takes no `model`"):
-        Rewards({"format": Reward(model="somewhere")}, pool)
+        Rewards({"format": Reward(parameters={"model": "somewhere"})}, pool)
     with pytest.raises(UserError, match="nowhere holds no reward model"):
-        Rewards({"safety": Reward(model="nowhere")}, pool)
+        Rewards({"safety": Reward(parameters={"model": "nowhere"})}, pool)
 
 
 def test_a_reward_may_be_for_some_kinds_only_and_in_one_language(pool):
@@ -113,7 +113,8 @@ def test_a_reward_may_be_for_some_kinds_only_and_in_one_language(pool):
     assert Rewards({"accuracy": Reward(kinds=["math"])}, pool).scorers["accuracy"](texts, rows) == [1.0, None, 0.0]
     assert Rewards({"accuracy": Reward(kinds=["code"])}, pool).scorers["accuracy"](texts, rows) == [None] * 3
     mixed = [f"<think>{thought}</think>" for thought in ("ends in 末位", "ends", "1+1")]
-    assert Rewards({"language": Reward(target="zh")}, pool).scorers["language"](mixed, rows) == [0.5, 0.0, None]
+    chinese = Reward(parameters={"target": "zh"})
+    assert Rewards({"language": chinese}, pool).scorers["language"](mixed, rows) == [0.5, 0.0, None]
     assert Rewards({"language": Reward()}, pool).scorers["language"](mixed, rows) == [0.5, 1.0, None]
 
 
@@ -147,7 +148,9 @@ def test_worked_solutions_become_completions():
 
 
 def test_a_reward_may_begin_in_the_last_part_of_a_run(pool):
-    rewards = Rewards({"format": Reward(from_step=3), "overlong": Reward(max_tokens=2, cache_tokens=1)}, pool)
+    rewards = Rewards(
+        {"format": Reward(from_step=3), "overlong": Reward(parameters={"max_tokens": 2, "cache_tokens": 1})}, pool
+    )
     ids = [(0, 0, 0), (0, 0, 1)]
     rows = [{"kind": "math", "tokens": n} for n in (1, 2)]
     texts = ["<think>a</think><answer>b</answer>", "b"]
@@ -161,7 +164,9 @@ def test_scores_belong_to_their_rollout_and_each_answer_is_verified_once(pool, m
     asked = []
     submit = pool.submit
     monkeypatch.setattr(pool, "submit", lambda *item: asked.append(item) or submit(*item))
-    rewards = Rewards({"accuracy": Reward(), "cosine": Reward(max_tokens=10), "length": Reward()}, pool)
+    rewards = Rewards(
+        {"accuracy": Reward(), "cosine": Reward(parameters={"max_tokens": 10}), "length": Reward()}, pool
+    )
     text = "<think>x</think><answer>7</answer>"
     rows = [{"kind": "math", "answer": str(n), "prompt_id": n, "tokens": 10, "group_tokens": [10]} for n in (6, 7, 8)]
     ids = [(5, row["prompt_id"], 0) for row in rows]

@@ -11,7 +11,7 @@ from r1dist.config import GRPORun, Reward
 from r1dist.config.loader import build
 from r1dist.data.order import PromptOrder
 from r1dist.data.templates import Template
-from r1dist.errors import UserError
+from r1dist.errors import RewardFailed, UserError
 from r1dist.generation.engine import Rollout
 from r1dist.rewards import Rewards
 from r1dist.rl.prompts import Prompts
@@ -55,13 +55,15 @@ class Scored(Rewards):
     """`parity`: rollouts of a prompt with an odd id differ, those of an even one are all paid 0.1."""
 
     def __init__(self, pool):
-        super().__init__({"format": Reward(), "overlong": Reward(max_tokens=9, cache_tokens=1)}, pool)
+        super().__init__(
+            {"format": Reward(), "overlong": Reward(parameters={"max_tokens": 9, "cache_tokens": 1})}, pool
+        )
         self.begun, self.rewards = [], {"parity": Reward()}
 
     def begin(self, rollout_id, step, text, row):
         self.begun.append((rollout_id, text))
 
-    def score(self, rollout_ids, step, texts, rows):
+    def score(self, rollout_ids, step, texts, rows, heartbeat):
         for rollout_id, text, row in zip(rollout_ids, texts, rows, strict=True):
             assert row["prompt_id"] == rollout_id[1] and text == dict(self.begun)[rollout_id]
             assert len(row["group_tokens"]) == GROUP and row["tokens"] in row["group_tokens"]
@@ -94,7 +96,9 @@ def last(notes) -> dict:
 
 def test_everything_belongs_to_its_rollout(template, pool):
     """Tokens, text, rewards, advantage and trace row, although rollouts arrive in any order."""
-    rewards = Rewards({"accuracy": Reward(), "overlong": Reward(max_tokens=6, cache_tokens=6)}, pool)
+    rewards = Rewards(
+        {"accuracy": Reward(), "overlong": Reward(parameters={"max_tokens": 6, "cache_tokens": 6})}, pool
+    )
     pipeline, engine, notes, traces = pipeline_of(template, rewards)
     rows = pipeline.prompts.dataset.add_column("answer", ["1"] * PROMPTS).add_column("kind", ["math"] * PROMPTS)
     object.__setattr__(pipeline.prompts, "dataset", rows)
@@ -206,3 +210,13 @@ def test_groups_that_lie_on_two_processes_are_refused(small_grpo):
     tree |= {"gradient_accumulation_steps": 1, "generation_batch_size": 32}
     with pytest.raises(UserError, match="dynamic_sampling replaces whole groups"):
         build(GRPORun, tree, "test", processes=8)
+
+
+def test_a_reward_that_fails_on_another_rank_stops_this_one(template, pool, monkeypatch):
+    pipeline, *_ = pipeline_of(template, Scored(pool))
+    elsewhere = ("rewards.own.py:f failed", [])
+    monkeypatch.setattr(
+        "r1dist.rl.rollouts.gather_object", lambda part: [*part, *([elsewhere] if type(part[0]) is tuple else [])]
+    )
+    with pytest.raises(RewardFailed, match=r"own.py:f failed"):
+        pipeline.next_batch(0)
