@@ -30,6 +30,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     check_tasks(run, where)
     _check_streams(run, where)
     _check_weights(run, where)
+    _check_hidden_tests(run, where)
     if isinstance(run, SampleRun):
         _check_generators(run)
         _check_prompt_filter(run, where)
@@ -90,6 +91,18 @@ def _check_weights(run: Any, where: str) -> None:
     for name, data in _data_of(run).items():
         if data.stopping_strategy is not None and data.sources[0].weight is None:
             raise UserError(f"{where}: `{name}.stopping_strategy` is of sources with a `weight`; leave it out.")
+
+
+def _check_hidden_tests(run: Any, where: str) -> None:
+    """What is trained on, or drawn for it, has no tests that a program can look into."""
+    for name, data in _data_of(run).items():
+        for number, source in enumerate(data.sources):
+            if source.tests_format == "humaneval":
+                raise UserError(
+                    f"{where}: `{name}.sources.{number}.tests_format`: humaneval is for evaluation, since its tests "
+                    "run beside the program,\nwhich could learn to pass them otherwise. Name tests of the form "
+                    "{stdin, stdout} or {call, returns}."
+                )
 
 
 def _mixed(run: Any) -> dict[str, list[Source]]:

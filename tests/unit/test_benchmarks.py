@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 from conftest import write_yaml
 
-from r1dist.config import EvaluateRun, Source
+from r1dist.config import EvaluateRun, GRPORun, Source
 from r1dist.config.benchmarks import table
-from r1dist.config.loader import as_tree, parse
+from r1dist.config.loader import as_tree, build, parse
 from r1dist.data.choices import choice_question, right_choice
 from r1dist.data.formats import UnusableRow
 from r1dist.data.programs import humaneval, livecodebench
@@ -171,6 +171,19 @@ def test_livecodebenchs_tests_of_methods_and_of_stdin():
     stdin = [{"input": "2\n", "output": "4\n", "testtype": "stdin"}]
     row = {"metadata": "{}", "public_test_cases": json.dumps(stdin), "private_test_cases": "[]"}
     assert passed(fenced("print(2 * int(input()))"), livecodebench(row)) == 1
+
+
+def test_programs_may_be_trained_on_livecodebenchs_tests_and_not_on_humanevals(tmp_path, small_grpo):
+    case = {"input": "2\n", "output": "4\n", "testtype": "stdin"}
+    row = {"q": "Double it.", "public_test_cases": json.dumps([case]), "private_test_cases": "[]"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = {"path": str(tmp_path / "rows.jsonl"), "problem": "q", "tests": "private_test_cases", "kind": "code"}
+    tree = {**small_grpo, "output_dir": "x", "rewards": {"code": 1}}
+    run = build(GRPORun, {**tree, "data": {"sources": [{**source, "tests_format": "livecodebench"}]}}, "run.yaml")
+    (read,) = load_problems(run.data.sources)
+    assert code(fenced("print(2 * int(input()))"), read) == 1
+    with pytest.raises(UserError, match=r"`data\.sources\.0\.tests_format`: humaneval is for evaluation"):
+        build(GRPORun, {**tree, "data": {"sources": [{**source, "tests_format": "humaneval"}]}}, "run.yaml")
 
 
 def test_pickled_objects_are_not_read():
