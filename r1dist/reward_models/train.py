@@ -5,6 +5,7 @@ Rows are put into tokens by the very function that scores with the model later.
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from ..adapters import lora_config, save_trained
-from ..config import RewardModelRun, Source
+from ..config import RewardModelRun
 from ..config.trl_fields import trl_value
 from ..data.mapping import kept, mapped
 from ..data.sources import load_labels, load_pairs
@@ -151,16 +152,19 @@ def training_rows(run: RewardModelRun, template: Template) -> Dataset:
     """`run.sources`: `chosen_ids` and `rejected_ids` of pairs, as TRL takes them, or `input_ids` and `labels`, a list
     of one number.
     """
-    return _fitting(run, _as_ids(run, template, _load(run, run.sources)), dict, "sources")
+    return _fitting(run, _as_ids(run, template, _load(run, "sources")), dict, "sources")
 
 
 def holdout_rows(run: RewardModelRun, template: Template) -> Dataset:
     """The rows of `run.holdout` that fit into `max_length`, as texts."""
-    return _fitting(run, _load(run, run.holdout), _ids_of(run, template), "holdout")
+    return _fitting(run, _load(run, "holdout"), _ids_of(run, template), "holdout")
 
 
-def _load(run: RewardModelRun, sources: list[Source]) -> Dataset:
-    return (load_pairs if run.loss == "pairwise" else load_labels)(sources)
+def _load(run: RewardModelRun, field: str) -> Dataset:
+    try:
+        return (load_pairs if run.loss == "pairwise" else load_labels)(getattr(run, field))
+    except UserError as error:
+        raise UserError(f"{field}: {re.sub('^(data[.])?sources: ', '', str(error))}") from error
 
 
 def _as_ids(run: RewardModelRun, template: Template, rows: Dataset) -> Dataset:
