@@ -8,6 +8,7 @@ from statistics import fmean
 import pytest
 from conftest import SMALL_GRPO, launch, metrics, write_yaml
 from small_runs import COMMON, LABELS, PAIRS
+from step_records import DrawingServer
 
 from r1dist.config import Source
 from r1dist.data.sources import load_labels
@@ -56,6 +57,23 @@ def test_the_weights_are_those_without_it(tmp_path, script, tree, processes):
     assert [(line["step"], line["prompt_id"]) for line in answers] == [(s, p) for s in (0, 2, 4) for p in range(5)]
     losses = [[line["loss"] for line in metrics(of) if "loss" in line] for of in (run, without)]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
+
+
+def test_on_two_ranks_with_servers_the_weights_are_those_without_it(tmp_path):
+    # Their answers depend on a request's seed alone; those of a real server on what else it is asked at the time, too.
+    servers = [DrawingServer(), DrawingServer()]
+    urls = ",".join(server.url for server in servers)
+    tree = {**GRPO, "max_steps": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    tree |= {"rollout": {"engine": "vllm", "servers": urls, "transport": "shm", "max_logp_diff": 100}}
+    tree |= {"rewards": {"overlong": {"max_tokens": 24, "cache_tokens": 20}, "repetition": {"ngram": 1}}}
+    without = trained(tmp_path / "without", "grpo.py", tree, 2, evaluates=False)
+    run = trained(tmp_path / "with", "grpo.py", tree, 2)
+    for server in servers:
+        server.stop()
+    assert weights(run) == weights(without) and all(server.seeds for server in servers)
+    assert [line["step"] for line in metrics(run) if "eval/sampled/accuracy" in line] == [0, 2]
+    answers = list(read_lines(run / "evaluations" / "sampled.jsonl"))
+    assert [(line["step"], line["prompt_id"]) for line in answers] == [(s, p) for s in (0, 2) for p in range(5)]
 
 
 def test_a_resumed_run_has_each_evaluation_once(tmp_path):
