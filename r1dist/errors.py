@@ -45,14 +45,21 @@ class StageFailed(RunStopped):
         self.code = code
 
 
+def asks_for_help(argv: list[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
 def run_cli(main: Callable[[list[str]], None]) -> int:
-    """Run `main` on the command line, and give its exit code.
+    """Run `main` on the command line, and give its exit code. `--help` prints the launcher's docstring first.
 
     A `UserError` (exit code 2), a `RunStopped` (its own code, mostly 3) and a full disk (3) are printed without a
     traceback.
     """
+    argv = sys.argv[1:]
+    if asks_for_help(argv):
+        print(f"{main.__globals__['__doc__']}\n")
     try:
-        main(sys.argv[1:])
+        main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -1,90 +1,19 @@
 """Writes docs/configuration_reference.md from the fields themselves: `make docs`."""
 
-import dataclasses
 import inspect
-import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter
 
 from r1dist.config.convert import ConvertRun
-from r1dist.config.loader import GRPO_DEFAULTS, RENAMED, TRL_DEFAULTS
-from r1dist.config.objective import LOSS_TYPES, PAPER
+from r1dist.config.loader import RENAMED
 from r1dist.config.pipeline import PipelineRun
+from r1dist.config.reference import FieldHelp, own_fields, trl_fields
 from r1dist.config.runs import ChatRun, EvaluateRun, GRPORun, RewardModelRun, ServeRun, SFTRun
 from r1dist.config.sampling import SampleRun
-from r1dist.config.tree import may_change, section_of
-from r1dist.config.trl_fields import MAY_CHANGE, TRL_CLASS, field_types
+from r1dist.config.trl_fields import TRL_CLASS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration_reference.md"
 LAUNCHERS = (GRPORun, SFTRun, RewardModelRun, SampleRun, EvaluateRun, PipelineRun, ServeRun, ChatRun, ConvertRun)
-# The fields of TRL and transformers that most runs set, and what they mean.
-COMMON = {
-    "output_dir": "The folder of the run. It belongs to one run.",
-    "seed": "Seed of the order of prompts, of each sample, and of new weights.",
-    "max_steps": "Optimizer steps; -1: `num_train_epochs` counts.",
-    "num_train_epochs": "Passes over the data.",
-    "learning_rate": "Peak learning rate.",
-    "lr_scheduler_type": "How it changes: `linear`, `cosine`, `constant_with_warmup`, ...",
-    "lr_scheduler_kwargs": "Parameters of the schedule, e.g. `{min_lr_rate: 0.1}`.",
-    "warmup_steps": "Steps until the peak; below 1, a share of all steps.",
-    "per_device_train_batch_size": "Rows (RL: rollouts) of a micro-step on each process.",
-    "gradient_accumulation_steps": "Micro-steps of an optimizer step.",
-    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
-    "bf16": "bfloat16 mixed precision. Unset: on where the GPU has it.",
-    "max_grad_norm": "The gradient is scaled down to this norm.",
-    "weight_decay": "Decoupled weight decay.",
-    "optim": "The optimizer, by transformers' name.",
-    "save_strategy": "`steps`, `epoch` or `no`.",
-    "save_steps": "Optimizer steps between two checkpoints.",
-    "save_total_limit": "Checkpoints that are kept.",
-    "logging_steps": "Optimizer steps between two lines of the log.",
-    "report_to": "`wandb`, `tensorboard`, ..., or `none`.",
-    "run_name": "The run's name there.",
-}
-FIELDS = {
-    "GRPOConfig": {
-        **COMMON,
-        "num_generations": "Rollouts of a group, the completions of one prompt.",
-        "steps_per_generation": "Micro-steps that a generation lasts. Unset: from `generation_batch_size`, else "
-        "`gradient_accumulation_steps`. One must be a multiple of the other.",
-        "num_iterations": "Times that each generation is trained on.",
-        "max_completion_length": "Tokens after which a rollout is cut off.",
-        "temperature": "Sampling temperature; the loss uses the same.",
-        "top_p": "Nucleus. Keep 1 in RL.",
-        "top_k": "Tokens to draw from; 0: all. Keep 0 in RL.",
-        "min_p": "Least probability of a token, relative to the best one's.",
-        "repetition_penalty": "1: none.",
-        "loss_type": f"One of {', '.join(LOSS_TYPES)}.",
-        "importance_sampling_level": "`token`, or `sequence` (GSPO).",
-        "beta": "Weight of the KL divergence from the reference model; 0: no reference model is loaded.",
-        "use_bias_correction_kl": "Weight the KL estimate by the probability ratio.",
-        "epsilon": "Clip range of the ratio, downwards.",
-        "epsilon_high": "Clip range upwards. Unset: `epsilon`.",
-        "delta": "Upper bound of the ratio where the advantage is negative.",
-        "scale_rewards": "What advantages are divided by: the deviation of the `group`, of the `batch`, or `none`.",
-        "multi_objective_aggregation": "`sum_then_normalize` or `normalize_then_sum` (GDPO).",
-        "mask_truncated_completions": "Leave rollouts that were cut off out of the loss.",
-        "sync_ref_model": "Reset the reference model to the policy now and then.",
-        "ref_model_sync_steps": "Optimizer steps between two resets.",
-        "ref_model_mixup_alpha": "Share of the policy in the new reference.",
-        "vllm_importance_sampling_correction": "Weight tokens by policy over sampler probability, for rollouts of "
-        "servers.",
-        "vllm_importance_sampling_mode": "`token_truncate`, `token_mask`, `sequence_truncate` or `sequence_mask`.",
-        "vllm_importance_sampling_clip_min": "Lower bound of that weight.",
-        "vllm_importance_sampling_clip_max": "Upper bound of that weight.",
-        "log_completions": "Show completions in the terminal and in `report_to`.",
-    },
-    "SFTConfig": {
-        **COMMON,
-        "max_length": "Tokens of a row; longer rows are dropped and counted.",
-        "packing": "Join rows to blocks of `max_length`. Ours: true.",
-        "completion_only_loss": "The loss is on completions only. Ours: true.",
-    },
-    "RewardConfig": {**COMMON, "max_length": "Tokens of a conversation; longer rows are dropped and counted."},
-}
 
 
 def page() -> str:
@@ -98,52 +27,23 @@ def page() -> str:
         "optimizer step, and of a generation, stay the same.",
     ]
     for launcher in LAUNCHERS:
-        lines += ["", f"## {inspect.cleandoc(launcher.__doc__ or '')}", "", *_table(_rows(launcher, launcher, ""))]
+        lines += ["", f"## {inspect.cleandoc(launcher.__doc__ or '')}", "", *_table(own_fields(launcher))]
         trl_class = TRL_CLASS.get(launcher.__name__)
         if trl_class is not None:
             lines += ["", f"Of TRL's `{trl_class}`, at the top level (its other fields may be set, too):", ""]
-            lines += _table(_trl_rows(trl_class))
+            lines += _table(trl_fields(launcher))
     lines += ["", "## Renamed fields", "", "| before | now |", "|---|---|"]
     lines += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: Iterator[tuple[str, str, str, str]]) -> list[str]:
-    head = ["| field | default | resume | meaning |", "|---|---|---|---|"]
-    return head + [f"| `{name}` | {default} | {resume} | {text} |" for name, default, resume, text in rows]
-
-
-def _rows(launcher: type, section: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """(dotted name, default, whether it may change, docstring) of each field, sections one after another."""
-    schema = TypeAdapter(section).json_schema()["properties"]
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        if field.name == "trl":
-            continue
-        name, inner = f"{prefix}{field.name}", section_of(hints[field.name])
-        shown = schema.get(field.name) or schema[field.name.rstrip("_")]
-        if inner is not None and inner is not section:
-            is_list = typing.get_origin(hints[field.name]) is list
-            yield from _rows(launcher, inner, f"{name}.N." if is_list else f"{name}.")
-            continue
-        resume = "yes" if may_change(launcher, name.replace(".N", "")) else ""
-        default = _shown(shown["default"]) if "default" in shown else ""
-        yield name.rstrip("_"), default, resume, " ".join(shown.get("description", "").split()).replace("|", "\\|")
-
-
-def _trl_rows(trl_class: str) -> Iterator[tuple[str, str, str, str]]:
-    defaults = {name: default for name, (_, default) in field_types(trl_class).items()} | TRL_DEFAULTS
-    if trl_class == "GRPOConfig":
-        defaults |= GRPO_DEFAULTS | PAPER
-    for name, text in FIELDS[trl_class].items():
-        yield name, _shown(defaults[name]), "yes" if name in MAY_CHANGE else "", text
-
-
-def _shown(value: Any) -> str:
-    if value is None or value is ... or value == {} or value == []:
-        return ""
-    shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return f"`{shown}`".replace("|", "\\|")
+def _table(fields: Iterator[FieldHelp]) -> list[str]:
+    rows = ["| field | default | resume | meaning |", "|---|---|---|---|"]
+    for field in fields:
+        default = f"`{field.default}`".replace("|", "\\|") if field.default else ""
+        meaning = field.meaning.replace("|", "\\|")
+        rows.append(f"| `{field.name}` | {default} | {'yes' if field.on_resume else ''} | {meaning} |")
+    return rows
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, asks_for_help, did_you_mean
 from .benchmarks import PROTOCOLS, settle
 from .engines import choose_engine
 from .objective import OBJECTIVES
@@ -71,9 +71,14 @@ def parse(run_class: type, argv: list[str], default_config: Path | None = None, 
     Args:
         processes: Training processes, if they are known already; see `validate`.
 
-    Raises `UserError` for a missing file, text that is not YAML, an unknown key (the nearest one is named), a value of
-    the wrong type, and what `validate` refuses.
+    With `--help` it prints the fields and exits instead. Raises `UserError` for a missing file, text that is not YAML,
+    an unknown key (the nearest one is named), a value of the wrong type, and what `validate` refuses.
     """
+    if asks_for_help(argv):
+        from .reference import help_text
+
+        print(help_text(run_class))
+        raise SystemExit(0)
     path = config_path(argv, default_config)
     tree = _read(path) if path is not None else {}
     for key, text in _arguments(argv).items():
@@ -138,7 +143,7 @@ def as_tree(run: Any) -> dict:
 
 def split_arguments(run_class: type, argv: list[str]) -> tuple[list[str], list[str]]:
     """The words of `argv` that set fields of `run_class` (or name its `--config`), and the others."""
-    fields = {f.name for f in dataclasses.fields(run_class)} | {"config"}
+    fields = {f.name for f in dataclasses.fields(run_class)} | {"config", "help"}
     ours: list[str] = []
     others: list[str] = []
     target = others

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from .resumable import MAY_CHANGE
 from .trl_fields import MAY_CHANGE as TRL_MAY_CHANGE
 from .trl_fields import TRL_CLASS, validated_types
@@ -17,15 +19,21 @@ def flat(tree: dict | list) -> dict[str, Any]:
     return dict(_fields(tree, ""))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the fields that are not the same in both."""
-    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+def differences(old: dict[str, Any], new: dict[str, Any], run_class: type | None = None) -> list[str]:
+    """Names of the fields that are not the same in both.
+
+    With `run_class`, fields that `old` lacks had their defaults there: a later version of that class has added them.
+    """
+    before = {name: old.get(name) for name in old.keys() | new.keys()}
+    if run_class is not None:
+        before |= {name: _unset(run_class, name, old) for name in new.keys() - old.keys()}
+    return sorted(name for name, value in before.items() if value != new.get(name))
 
 
 def changed_on_resume(run_class: type, before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
     """Dotted name -> (before, now) of the fields that differ in two configurations and may not."""
     old, new = flat(before), flat(now)
-    names = [name for name in differences(old, new) if not may_change(run_class, name)]
+    names = [name for name in differences(old, new, run_class) if not may_change(run_class, name)]
     return {name: (old.get(name), new.get(name)) for name in names}
 
 
@@ -84,6 +92,31 @@ def may_change(run_class: type, name: str) -> bool:
             return True
         section = section_of(hints[part])
     return False
+
+
+def _unset(run_class: type, name: str, tree: dict[str, Any]) -> Any:
+    """The default of the field `name`, or of the section or list that holds it, whichever `tree` begins to lack.
+
+    None where that is an entry of a list, or of a section that `tree` sets as a whole.
+    """
+    hint, parts = run_class, name.split(".")
+    for place, part in enumerate(parts):
+        path = ".".join(parts[: place + 1])
+        if path in tree:
+            return None
+        if any(known.startswith(f"{path}.") for known in tree):
+            hint = child(hint, part)
+            continue
+        section = None if part.isdigit() else section_of(hint)
+        field = next((f for f in dataclasses.fields(section) if f.name == part), None) if section else None
+        if field is None:
+            return None
+        given = field if field.default is dataclasses.MISSING else field.default
+        default = FieldInfo.from_annotated_attribute(Any, given).get_default(call_default_factory=True)
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            default = dataclasses.asdict(default)
+        return flat({part: default}).get(".".join(parts[place:]))
+    return None
 
 
 def _fields(tree: dict | list, prefix: str) -> Iterator[tuple[str, Any]]:

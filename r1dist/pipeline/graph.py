@@ -51,6 +51,7 @@ class Step:
     needs: tuple[str, ...]
     """Names of the steps that must be done before."""
     command: list[str]
+    run_class: type
     config: dict
     """The resolved configuration that the command will run with."""
     output: Path
@@ -186,6 +187,7 @@ class Graph:
             uses=tuple(stage.inputs.values()),
             needs=self._trained(stage.inputs.values()),
             command=[sys.executable, *words, *arguments],
+            run_class=kind.run_class,
             config=as_tree(parse(kind.run_class, asked, processes=self.processes)),
             output=Path(self.output(stage.name)),
             folder=self.folder / stage.name,
@@ -217,6 +219,7 @@ class Graph:
             uses=(stage.name, *stage.evaluate_inputs.values()),
             needs=self._trained([stage.name, *stage.evaluate_inputs.values()]),
             command=[sys.executable, str(self.launch / "evaluate.py"), *arguments],
+            run_class=EvaluateRun,
             config=as_tree(run),
             output=output,
             folder=samples_folder(output),

@@ -90,7 +90,8 @@ class Runner:
         there = _holds_something(step.folder)
         if record is None:
             return Decision("again", "not in the manifest") if there else Decision("start", "not done yet")
-        changed = differences(record["inputs"], inputs) + differences(record["settings"], settings_of(step, inputs))
+        changed = differences(record["inputs"], inputs)
+        changed += differences(record["settings"], settings_of(step, inputs), step.run_class)
         if changed:
             return Decision("again" if there else "start", f"changed since: {', '.join(changed[:5])}")
         if record["state"] != "finished":
@@ -203,6 +204,8 @@ class Runner:
             evaluation = self.manifest.steps.get(stage.name + EVALUATION, {})
             if "finished" not in (record.get("state"), evaluation.get("state")):
                 continue
+            if stage.kind != "base" and not self.graph.steps[stage.name].output.exists():
+                continue  # removed since; the step's turn makes it again
             entry = {"name": stage.name, "kind": stage.kind}
             entry["seconds"] = round(record.get("seconds", 0) + evaluation.get("seconds", 0), 1)
             if evaluation.get("state") == "finished":

@@ -1,5 +1,6 @@
 """Bad input gets one or two lines that name the mend, and exit code 2, without torch."""
 
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,18 @@ def test_no_is_a_word_and_false_is_false(tmp_path, small_grpo):
     words = ["--save_strategy", "no", "--bf16", "false", "--log_completions"]
     run = parse(GRPORun, ["--config", str(plain), *words])
     assert (run.trl["save_strategy"], run.trl["bf16"], run.trl["log_completions"]) == ("no", False, True)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.py")))
+def test_help_says_how_to_call_a_launcher_and_what_each_field_means(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / script, "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir())
+    assert f"launch/{script}" in done.stdout
+    if script not in ("job.py", "check.py"):
+        field = {"pipeline.py": "until", "convert.py": "gguf"}.get(script, "model.path")
+        assert re.search(rf"^  --{field}\b.*\n      \w", done.stdout, re.MULTILINE)
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -86,6 +86,19 @@ def test_a_pipeline_without_servers_takes_no_servers_of_its_stages(tmp_path):
     assert differences(*settings) == ["rollout.servers"]
 
 
+def test_a_field_that_a_later_version_adds_makes_nothing_again(tmp_path):
+    plan = graph(tmp_path, {"per_device_train_batch_size": 4})
+    now, run_class = settings_of(plan.steps["rl.evaluation"], {}), plan.steps["rl.evaluation"].run_class
+    added = ("data.sources.0.stream", "modes.0", "modes.1", "benchmarks", "sampling.temperature")
+    before = {name: value for name, value in now.items() if name not in added}
+    assert len(before) == len(now) - len(added) and differences(before, now, run_class) == []
+    changed = {"data.sources.0.stream": True, "modes.1": None, "benchmarks": None, "benchmarks.0.name": "gsm8k"}
+    assert differences(before, {**now, **changed}, run_class) == sorted(changed)
+    # An entry of a list has no default, nor has a section that was off.
+    assert differences({**before, "data.sources": []}, now, run_class)
+    assert differences({"requests": None}, {"requests.max_tokens": 256}, run_class) == ["requests.max_tokens"]
+
+
 def test_missing_vllm_is_told_before_the_first_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
