@@ -49,8 +49,6 @@ def entries(value: Any) -> Any:
     An entry is a name, or a section with `name` that adds to the table's: `path` puts a local copy in the place of
     the hub's, `limit` takes the first problems only. With `sources` it is the user's own. Raises `ValueError`.
     """
-    if isinstance(value, str):
-        value = [name.strip() for name in value.strip("[]").split(",")]
     return [_entry(item) for item in value] if isinstance(value, list) else value
 
 

@@ -63,10 +63,21 @@ def is_text(hint: Any) -> bool:
     return str in kinds and kinds <= {str, types.NoneType}
 
 
+def _is_list(hint: Any) -> bool:
+    kinds = list(alternatives(hint))
+    return str not in kinds and any(typing.get_origin(kind) in (list, tuple) for kind in kinds)
+
+
 def read_as(hint: Any, value: Any) -> Any:
-    """`value` with its `Plain` scalars read as the type hint says. A section without fields (`rollout:`) is empty."""
+    """`value` with its `Plain` scalars read as the type hint says. A section without fields (`rollout:`) is empty.
+
+    Where a list is meant, a scalar is its entries with commas between them (`greedy,sampled`), unless these are texts,
+    which may hold commas.
+    """
     if isinstance(value, Plain):
-        return _scalar(hint, value)
+        if value in NULL or not _is_list(hint) or is_text(child(hint, "0")):
+            return _scalar(hint, value)
+        value = [Plain(part.strip()) for part in value.split(",")]
     if isinstance(value, list):
         return [read_as(child(hint, str(index)), item) for index, item in enumerate(value)]
     if isinstance(value, dict):

@@ -58,6 +58,8 @@ class SFTRun(TrainingRun):
     data: Data
     eval_max_tokens: MayChange[PositiveInt] = 512
     """Tokens after which an answer to `data.eval` is cut off."""
+    holdout: MayChange[list[Source]] = Field(default_factory=list)
+    """Rows that it is not trained on; with `eval_strategy`, the loss on them is measured during training."""
     verify: Verify = Field(default_factory=Verify)
     """For `data.eval`."""
 
@@ -71,7 +73,8 @@ class RewardModelRun(TrainingRun):
     sources: list[Source] = Field(min_length=1)
     """Where the rows come from."""
     holdout: list[Source] = Field(default_factory=list)
-    """Rows that it is not trained on; its accuracy on them is measured at the end."""
+    """Rows that it is not trained on; its accuracy on them is measured at the end and, with `eval_strategy`, during
+    training."""
 
 
 @dataclass(config=STRICT, kw_only=True)

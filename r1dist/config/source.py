@@ -57,8 +57,8 @@ class Source:
     tests: str | None = None
     """Column with a program's tests (reward `code`), a list or its JSON: `{stdin, stdout}` or `{call, returns}`."""
     tests_format: Literal["plain", "humaneval", "livecodebench"] = "plain"
-    """`humaneval`, `livecodebench`: the columns of these benchmarks. For evaluation only: a program can find out what
-    HumanEval's tests ask."""
+    """`humaneval`, `livecodebench`: the columns of these benchmarks. `humaneval` is for evaluation only: its tests run
+    beside the program, which could learn to pass them otherwise."""
     language: str | None = None
     """Column with the language of the program, `python` or `cpp`."""
     entry: str | None = None

@@ -105,12 +105,11 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "save_on_each_node": ((False,), "would have nodes that share the run's folder write the same files"),
     "push_to_hub": ((False,), "would upload checkpoints while they are written; use `hf upload` when the run is done"),
     "accelerator_config": ((None,), "changes how rows are dealt out, on which a resume depends"),
+    "batch_eval_metrics": ((False,), "scores batches, and an interval is of all rows"),
+    "eval_do_concat_batches": ((True,), "keeps batches apart, and scores are of all rows"),
     "fsdp": ((None, ""), SHARDS),
     "fsdp_config": ((None, {}), SHARDS),
     "parallelism_config": ((None,), SHARDS),
-}
-UNSUPPORTED_IN_REWARD_MODELS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "eval_strategy": (("no",), "measures policies; `holdout` measures this model, at the end of its training"),
 }
 # Of GRPO alone: our own sampler and loss do not have them.
 UNSUPPORTED_IN_GRPO: dict[str, tuple[tuple[Any, ...], str]] = {

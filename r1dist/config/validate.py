@@ -11,8 +11,9 @@ from .runs import EvaluateRun, GRPORun, RewardModelRun, SFTRun, TrainingRun
 from .sampling import Filters, SampleRun
 from .source import Source, sources_in
 from .trl_fields import micro_steps_per_generation, trl_value
-from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO, UNSUPPORTED_IN_REWARD_MODELS
+from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
 
+MEASURED_ON = {GRPORun: "`data.eval`", SFTRun: "`data.eval` or `holdout`", RewardModelRun: "`holdout`"}
 EVALUATED = ("accuracy", "format", "finished", "mean_tokens")
 """Scores of an evaluation during training that say which checkpoint is the best."""
 
@@ -28,6 +29,7 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
     check_tasks(run, where)
     _check_streams(run, where)
     _check_weights(run, where)
+    _check_hidden_tests(run, where)
     if isinstance(run, SampleRun):
         _check_generators(run)
         _check_prompt_filter(run, where)
@@ -37,10 +39,9 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_evaluation(run, where)
     if isinstance(run, TrainingRun):
         _check_supported(run, where)
+        _check_training_evaluation(run, where)
     else:
         _check_not_trained(run, where)
-    if isinstance(run, GRPORun | SFTRun):
-        _check_training_evaluation(run, where)
     if isinstance(run, SFTRun):
         _check_packing(run, where)
     if not isinstance(run, GRPORun):
@@ -88,6 +89,18 @@ def _check_weights(run: Any, where: str) -> None:
     for name, data in _data_of(run).items():
         if data.stopping_strategy is not None and data.sources[0].weight is None:
             raise UserError(f"{where}: `{name}.stopping_strategy` is of sources with a `weight`; leave it out.")
+
+
+def _check_hidden_tests(run: Any, where: str) -> None:
+    """What is trained on, or drawn for it, has no tests that a program can look into."""
+    for name, data in _data_of(run).items():
+        for number, source in enumerate(data.sources):
+            if source.tests_format == "humaneval":
+                raise UserError(
+                    f"{where}: `{name}.sources.{number}.tests_format`: humaneval is for evaluation, since its tests "
+                    "run beside the program,\nwhich could learn to pass them otherwise. Name tests of the form "
+                    "{stdin, stdout} or {call, returns}."
+                )
 
 
 def _mixed(run: Any) -> dict[str, list[Source]]:
@@ -150,7 +163,6 @@ def _check_evaluation(run: EvaluateRun, where: str) -> None:
 def _check_supported(run: TrainingRun, where: str) -> None:
     """Fields of TRL's that would break checkpoints, or that our trainers do without."""
     table = UNSUPPORTED | (UNSUPPORTED_IN_GRPO if isinstance(run, GRPORun) else {})
-    table |= UNSUPPORTED_IN_REWARD_MODELS if isinstance(run, RewardModelRun) else {}
     for name, (allowed, why) in table.items():
         if name in run.trl and run.trl[name] not in allowed:
             raise UserError(f"{where}: `{name}` is not supported: it {why}. Leave it out.")
@@ -161,19 +173,25 @@ def _check_supported(run: TrainingRun, where: str) -> None:
         )
 
 
-def _check_training_evaluation(run: GRPORun | SFTRun, where: str) -> None:
+def _check_training_evaluation(run: TrainingRun, where: str) -> None:
     evaluates, best = trl_value(run, "eval_strategy") != "no", trl_value(run, "metric_for_best_model")
-    if evaluates != bool(run.data.eval):
-        raise UserError(
-            f"{where}: `eval_strategy` says when to measure the policy, `data.eval` on what; set both or none."
-        )
+    benchmarks = run.data.eval if isinstance(run, GRPORun | SFTRun) else []
+    holdout = run.holdout if isinstance(run, SFTRun | RewardModelRun) else []
+    what = MEASURED_ON[type(run)]
+    alone = isinstance(run, RewardModelRun) and not evaluates  # `holdout` is measured at the end
+    if evaluates != bool(benchmarks or holdout) and not alone:
+        raise UserError(f"{where}: `eval_strategy` says when to measure the model, {what} on what; set both or none.")
     for name in ("eval_steps", "eval_on_start"):
         if run.trl.get(name) and not evaluates:
             raise UserError(
-                f"{where}: `{name}` is of an evaluation during training; set `eval_strategy` and `data.eval`, too."
+                f"{where}: `{name}` is of an evaluation during training; set `eval_strategy` and {what}, too."
             )
-    scores = [f"{benchmark.name}/{score}" for benchmark in run.data.eval for score in EVALUATED]
-    known = f"there are {', '.join(scores)}" if scores else "without `data.eval` there is none"
+    if holdout and evaluates and trl_value(run, "dataloader_drop_last"):
+        raise UserError(f"{where}: `dataloader_drop_last` would leave rows of `holdout` out; leave one of them out.")
+    scores = [f"{benchmark.name}/{score}" for benchmark in benchmarks for score in EVALUATED]
+    if holdout and evaluates:
+        scores += ["loss"] if isinstance(run, SFTRun) else ["loss", "accuracy"]
+    known = f"there are {', '.join(scores)}" if scores else f"without `eval_strategy` and {what} there is none"
     if best is None and trl_value(run, "load_best_model_at_end"):
         raise UserError(f"{where}: `load_best_model_at_end` needs `metric_for_best_model`; {known}.")
     if best is not None and best.removeprefix("eval_") not in scores:

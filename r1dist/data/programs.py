@@ -1,6 +1,7 @@
 """Tests of programs as public benchmarks write them, in the form that the reward `code` reads."""
 
 import base64
+import binascii
 import io
 import json
 import pickle
@@ -9,15 +10,26 @@ from typing import Any
 
 from .formats import UnusableRow
 
+FURTHER_COLUMNS = {"humaneval": ["entry_point"], "livecodebench": ["public_test_cases", "private_test_cases"]}
+"""`tests_format` -> the columns that it reads beside `tests`."""
+
 
 def program_tests(tests: Any, tests_format: str, row: dict) -> Any:
-    """The tests in the column `tests` of `row`, as `rewards.code.reward.read_tests` takes them."""
-    match tests_format:
-        case "humaneval":
-            return humaneval(tests, row["entry_point"])
-        case "livecodebench":
-            return livecodebench(row)
-    return tests
+    """The tests in the column `tests` of `row`, as `rewards.code.reward.read_tests` takes them.
+
+    Raises `UnusableRow` for what is not in the form that `tests_format` names.
+    """
+    if tests_format == "plain":
+        return tests
+    refusal = UnusableRow(f"no tests of the form `{tests_format}`")
+    if not all(isinstance(text, str) for text in (tests, *(row[column] for column in FURTHER_COLUMNS[tests_format]))):
+        raise refusal
+    if tests_format == "humaneval":
+        return humaneval(tests, row["entry_point"])
+    try:
+        return livecodebench(row)
+    except (json.JSONDecodeError, binascii.Error, zlib.error, pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise refusal from error
 
 
 def humaneval(test: str, entry_point: str) -> list[dict]:

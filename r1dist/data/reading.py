@@ -16,7 +16,7 @@ from pyarrow import ArrowInvalid
 from ..config import Source
 from ..config.gym import PATH as GYM
 from ..config.gym import SPLITS
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..tiny import talk, worked
 from . import gym
 
@@ -79,8 +79,11 @@ def require_columns(source: Source, raw: Dataset, columns: dict[str, str | list[
             raise UserError(f"data.sources: {source.path} needs `{field}`; its columns are {there}.")
         for column in [named] if isinstance(named, str) else named:
             if not _is_there(raw, column):
-                there = ", ".join(_leaves(raw))
-                raise UserError(f"data.sources: {source.path} has no column `{column}` (`{field}`); it has {there}.")
+                there = _leaves(raw)
+                raise UserError(
+                    f"data.sources: {source.path} has no column `{column}` (`{field}`){did_you_mean(column, there)}\n"
+                    f"It has {', '.join(there)}."
+                )
 
 
 def holds_lists(raw: Dataset, column: str) -> bool:

@@ -23,7 +23,7 @@ from .formats import UnusableRow, as_text, as_turns, gold_answer, question, rewr
 from .gym import checked_entry
 from .mapping import mapped
 from .mixture import combined
-from .programs import program_tests
+from .programs import FURTHER_COLUMNS, program_tests
 from .reading import GENERATED, holds_lists, read, require_columns, value_of
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,8 @@ def _problems(source: Source) -> Dataset:
         del columns["answer"]
     further = ("tests", "language", "system", "choices", "entry")
     columns |= {field: named for field in further if (named := getattr(source, field)) is not None}
+    if source.tests is not None and source.tests_format in FURTHER_COLUMNS:
+        columns["tests_format"] = FURTHER_COLUMNS[source.tests_format]
     columns |= {"columns": source.columns} if source.columns else {}
     kept_as = {column.rpartition(".")[2]: column for column in source.columns}
     if taken := TAKEN & kept_as.keys():

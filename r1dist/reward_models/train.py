@@ -5,18 +5,22 @@ Rows are put into tokens by the very function that scores with the model later.
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy
+import torch
 import trl
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    EvalPrediction,
     PreTrainedModel,
     Trainer,
     set_seed,
@@ -58,9 +62,38 @@ class Scores:
 class PairTrainer(ResumableTrainer, trl.RewardTrainer):
     """TRL's: -log sigmoid(score of the chosen - score of the rejected)."""
 
+    def __init__(self, **kwargs):
+        super().__init__(compute_metrics=_pairs_right, preprocess_logits_for_metrics=_by_pair, **kwargs)
+
 
 class LabelTrainer(ResumableTrainer, Trainer):
     """Binary cross-entropy of one logit, 1 for good."""
+
+    def __init__(self, **kwargs):
+        super().__init__(compute_metrics=_labels_right, **kwargs)
+
+
+def _by_pair(logits: torch.Tensor, labels: tuple) -> torch.Tensor:
+    """Logits [2B, 1], the chosen replies' first, as [B, 2]: of the last batch accelerate drops rows that repeat."""
+    return logits.view(2, -1).T.contiguous()
+
+
+def _pairs_right(found: EvalPrediction) -> dict[str, float]:
+    chosen, rejected = found.predictions.T
+    return _logged(chosen > rejected)
+
+
+def _labels_right(found: EvalPrediction) -> dict[str, float]:
+    return _logged((found.predictions > 0) == (found.label_ids == 1))  # a probability above a half
+
+
+def _logged(right: numpy.ndarray) -> dict[str, float]:
+    scores = _scores(right.ravel().astype(float).tolist())
+    return {"accuracy": scores.accuracy, **dict(zip(("accuracy_low", "accuracy_high"), scores.ci95, strict=True))}
+
+
+def _scores(right: list[float]) -> Scores:
+    return Scores(len(right), fmean(right), clustered_interval(right))
 
 
 def train(run: RewardModelRun) -> None:
@@ -70,8 +103,9 @@ def train(run: RewardModelRun) -> None:
     tokenizer = template.tokenizer
     check_lora(run.model, "SEQ_CLS")
     pairwise = run.loss == "pairwise"
-    dataset = (pair_dataset if pairwise else label_dataset)(run, template)
+    dataset = training_rows(run, template)
     held_out = holdout_rows(run, template) if run.holdout else None
+    evaluated = None if held_out is None else _as_ids(run, template, held_out)
     weights = weights_path(run.model)
     values = hardware_defaults(run.trl, run.model.dtype)
     kwargs = model_init_kwargs(run.model, values)
@@ -79,7 +113,7 @@ def train(run: RewardModelRun) -> None:
     check_rows(run, len(dataset))
     with run_folder(run, "reward_model") as checkpoint:
         common = {"args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
-        common["stall_timeout"] = run.train.stall_timeout
+        common |= {"eval_dataset": evaluated, "stall_timeout": run.train.stall_timeout}
         if pairwise:
             trainer = PairTrainer(model=weights, peft_config=lora_config(run.model.lora, "SEQ_CLS"), **common)
         else:
@@ -111,26 +145,34 @@ def measure(run: RewardModelRun, rows: Dataset, rank: int = 0, ranks: int = 1, d
     else:
         scores = ModelReward("safety", run.trl["output_dir"], dtype)(own["completion"], list(own))
         right = [float((score > 0.5) == bool(label)) for score, label in zip(scores, own["label"], strict=True)]
-    right = gather_object(right)
-    return Scores(len(right), fmean(right), clustered_interval(right))
+    return _scores(gather_object(right))
 
 
-def pair_dataset(run: RewardModelRun, template: Template) -> Dataset:
-    """`chosen_ids` and `rejected_ids`, as TRL takes them."""
-    return _tokenized(run, load_pairs(run.sources), functools.partial(_pair_ids, template))
-
-
-def label_dataset(run: RewardModelRun, template: Template) -> Dataset:
-    """`input_ids` and `labels`, a list of one number."""
-    return _tokenized(run, load_labels(run.sources), functools.partial(_labelled_ids, template))
+def training_rows(run: RewardModelRun, template: Template) -> Dataset:
+    """`run.sources`: `chosen_ids` and `rejected_ids` of pairs, as TRL takes them, or `input_ids` and `labels`, a list
+    of one number.
+    """
+    return _fitting(run, _as_ids(run, template, _load(run, "sources")), dict, "sources")
 
 
 def holdout_rows(run: RewardModelRun, template: Template) -> Dataset:
     """The rows of `run.holdout` that fit into `max_length`, as texts."""
-    pairwise = run.loss == "pairwise"
-    rows = (load_pairs if pairwise else load_labels)(run.holdout)
-    convert = functools.partial(_pair_ids if pairwise else _labelled_ids, template)
-    return _fitting(run, rows, convert, "holdout")
+    return _fitting(run, _load(run, "holdout"), _ids_of(run, template), "holdout")
+
+
+def _load(run: RewardModelRun, field: str) -> Dataset:
+    try:
+        return (load_pairs if run.loss == "pairwise" else load_labels)(getattr(run, field))
+    except UserError as error:
+        raise UserError(f"{field}: {re.sub('^(data[.])?sources: ', '', str(error))}") from error
+
+
+def _as_ids(run: RewardModelRun, template: Template, rows: Dataset) -> Dataset:
+    return mapped(rows, _ids_of(run, template), remove_columns=rows.column_names)
+
+
+def _ids_of(run: RewardModelRun, template: Template) -> Callable[[dict], dict]:
+    return functools.partial(_pair_ids if run.loss == "pairwise" else _labelled_ids, template)
 
 
 def _pair_ids(template: Template, row: dict) -> dict:
@@ -142,10 +184,6 @@ def _labelled_ids(template: Template, row: dict) -> dict:
         "input_ids": conversation_ids(template, row["problem"], row["completion"]),
         "labels": [float(row["label"])],
     }
-
-
-def _tokenized(run: RewardModelRun, rows: Dataset, convert: Callable[[dict], dict]) -> Dataset:
-    return _fitting(run, mapped(rows, convert, remove_columns=rows.column_names), dict, "sources")
 
 
 def _fitting(run: RewardModelRun, rows: Dataset, ids_of: Callable[[dict], dict], field: str) -> Dataset:

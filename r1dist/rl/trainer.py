@@ -205,7 +205,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         """TRL logs the mean of the values since the last log line."""
         self._metrics["train"][name].append(value)
 
-    def measure_policy(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         step = self.state.global_step
         with self.clock.phase("evaluate"), self.pipeline.source.with_weights(step) as engine:
             return self.evaluation.measure(engine, step, self.watchdog.heartbeat)

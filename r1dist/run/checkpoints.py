@@ -14,6 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy
@@ -79,19 +80,28 @@ class ResumableTrainer(Trainer):
     def begin_epoch(self, epoch: int) -> None:
         """Called before an epoch's first micro-step. Every rank calls it."""
 
-    def measure_policy(self) -> dict[str, float]:
-        """`eval_<name>/<score>` of the policy as it is. Every rank calls it."""
-        raise NotImplementedError
+    def measure(self) -> dict[str, float]:
+        """`eval_<score>` of the model as it is; `evaluate` logs it. Every rank calls it.
+
+        Here `eval_loss` on `eval_dataset`, what `compute_metrics` finds there, and the means of what TRL's trainers
+        count.
+        """
+        loss_only = self.compute_metrics is None
+        found = self.evaluation_loop(self.get_eval_dataloader(), "Evaluation", loss_only).metrics
+        counted = getattr(self, "_metrics", {}).get("eval", {})
+        means = {f"eval_{name}": fmean(values) for name, values in counted.items()}
+        counted.clear()
+        return means | found
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Log what `measure_policy` finds. Training goes on as if it had not been called. A collective."""
+        """Log what `measure` finds. Training goes on as if it had not been called. A collective."""
         # Of a run that is resumed after it, with `eval_on_start`.
         for line in self.state.log_history:
             if line["step"] == self.state.global_step and any(name.startswith("eval_") for name in line):
                 return line
         self.mark_step_start()  # should there be nobody to generate, this state is saved
         self.model.eval()
-        metrics = self.measure_policy()
+        metrics = self.measure()
         self.model.train()
         _set_random_states(self._step_start.random_states)
         Trainer.log(self, metrics)  # TRL's would take what it has collected of the next step for this one's
@@ -254,6 +264,9 @@ class _StepCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.mark_step_start()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.trainer.watchdog.heartbeat()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step()

@@ -10,7 +10,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from ..files import METRICS
 
 EVALUATED = re.compile(r"^eval_")
-MEASURED = re.compile(r"eval/.*/accuracy")
+MEASURED = re.compile(r"eval/(.*/)?accuracy|eval/loss")
 
 
 class StepLine(TrainerCallback):

@@ -9,11 +9,11 @@ import trl
 from datasets import Dataset
 
 from ..adapters import lora_config, save_trained
-from ..config import SFTRun
+from ..config import Data, SFTRun
 from ..config.trl_fields import trl_value
 from ..data.prompts import completion_dataset
 from ..data.templates import Template, load_template
-from ..errors import RunStopped, VerifiersBroken
+from ..errors import RunStopped, UserError, VerifiersBroken
 from ..evaluation.training import TrainingEvaluation, evaluation_sources, training_evaluation
 from ..generation.trainer_engines import local_engine
 from ..models import INSTALL_VARLEN, check_lora, model_init_kwargs, weights_path
@@ -37,18 +37,27 @@ class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
     """TRL's, which can be stopped anywhere and resumed.
 
     Args:
-        evaluation: What `eval_strategy` measures, `per_device_eval_batch_size` rollouts at a time; None: nothing.
+        holdout: The rows whose loss `eval_strategy` measures, in the form of `train_dataset`; None: none.
+        evaluation: What it measures, too, `per_device_eval_batch_size` rollouts at a time; None: nothing.
         template: Of its prompts.
         **kwargs: `ResumableTrainer`'s and `trl.SFTTrainer`'s arguments.
     """
 
-    def __init__(self, *, evaluation: TrainingEvaluation | None, template: Template, **kwargs):
-        super().__init__(**kwargs)
-        self.evaluation, self.template = evaluation, template
+    def __init__(
+        self, *, train_dataset: Dataset, holdout: Dataset | None, evaluation: TrainingEvaluation | None,
+        template: Template, **kwargs,
+    ):  # fmt: skip
+        # transformers asks for rows even where `evaluation` alone is measured, which has its own.
+        eval_dataset = train_dataset.select([0]) if holdout is None and evaluation else holdout
+        super().__init__(train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.holdout, self.evaluation, self.template = holdout, evaluation, template
 
-    def measure_policy(self) -> dict[str, float]:
-        engine = local_engine(self.args.per_device_eval_batch_size, self)
-        return self.evaluation.measure(engine, self.state.global_step, self.watchdog.heartbeat)
+    def measure(self) -> dict[str, float]:
+        found = {} if self.holdout is None else super().measure()
+        if self.evaluation is not None:
+            engine = local_engine(self.args.per_device_eval_batch_size, self)
+            found |= self.evaluation.measure(engine, self.state.global_step, self.watchdog.heartbeat)
+        return found
 
 
 def train(run: SFTRun) -> None:
@@ -66,6 +75,7 @@ def _train(run: SFTRun, pool: Pool | None) -> None:
     max_length, seed = trl_value(run, "max_length"), trl_value(run, "seed")
     contaminated: list[dict] = []
     dataset = completion_dataset(run.data, template, max_length, seed, contaminated)
+    holdout = holdout_dataset(run, template, max_length) if run.holdout else None
     weights = weights_path(run.model)
     values = {**DEFAULTS, **hardware_defaults(run.trl, run.model.dtype)}
     kwargs = model_init_kwargs(run.model, values)
@@ -77,13 +87,12 @@ def _train(run: SFTRun, pool: Pool | None) -> None:
     evaluation = training_evaluation(run, template, pool, arguments.process_index, arguments.world_size)
     with run_folder(run, "sft", contaminated) as checkpoint:
         trainer = SFTTrainer(
+            train_dataset=dataset.remove_columns("length"),
+            holdout=holdout,
             evaluation=evaluation,
             template=template,
             model=weights,
             args=arguments,
-            train_dataset=dataset.remove_columns("length"),
-            # transformers asks for one; `evaluation` has its own.
-            eval_dataset=dataset.remove_columns("length").select([0]) if evaluation else None,
             processing_class=template.tokenizer,
             peft_config=lora_config(run.model.lora),
             stall_timeout=run.train.stall_timeout,
@@ -95,6 +104,15 @@ def _train(run: SFTRun, pool: Pool | None) -> None:
             raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
         save_trained(trainer, run.model)
         trainer.accelerator.end_training()  # as in grpo.py
+
+
+def holdout_dataset(run: SFTRun, template: Template, max_length: int | None) -> Dataset:
+    """The rows of `run.holdout`, as `completion_dataset` makes them for training. Raises `UserError`."""
+    try:
+        rows = completion_dataset(Data(sources=run.holdout, template=run.data.template), template, max_length)
+    except UserError as error:
+        raise UserError(f"holdout: {str(error).removeprefix('data.sources: ')}") from error
+    return rows.remove_columns("length")
 
 
 def warn_of_masks(kernel: str, blocks: int) -> None:

@@ -14,7 +14,7 @@ from r1dist.config import Reward, RewardModelRun, Source
 from r1dist.config.loader import build
 from r1dist.data.sources import load_labels, load_pairs
 from r1dist.errors import UserError
-from r1dist.reward_models.train import holdout_rows, label_dataset, measure, new_classifier, pair_dataset
+from r1dist.reward_models.train import holdout_rows, measure, new_classifier, training_rows
 from r1dist.rewards import Rewards
 from r1dist.rewards import model as model_reward
 from r1dist.rewards.model import ModelReward, batches
@@ -125,9 +125,9 @@ def test_in_bfloat16_a_reward_model_takes_half_and_still_tells_replies_apart(tra
 
 
 def test_rows_held_out_that_are_longer_than_the_limit_are_not_measured(template, caplog):
-    for tree, load, convert in ((PAIRS, load_pairs, pair_dataset), (LABELS, load_labels, label_dataset)):
+    for tree, load in ((PAIRS, load_pairs), (LABELS, load_labels)):
         run = build(RewardModelRun, {**SMALL, **tree, "output_dir": "x"}, "test")
-        ids = convert(run, template).remove_columns("labels" if tree is LABELS else "rejected_ids")
+        ids = training_rows(run, template).remove_columns("labels" if tree is LABELS else "rejected_ids")
         run.trl["max_length"] = sorted(len(row) for (row,) in (each.values() for each in ids))[len(ids) // 2]
         caplog.clear()
         rows, all_rows = holdout_rows(run, template), load(run.holdout)
@@ -153,7 +153,7 @@ def test_in_the_rewards_of_a_run_each_kind_has_its_own(trained, pool):
 def test_the_loss_of_labels_is_binary_cross_entropy(template):
     run = build(RewardModelRun, {**SMALL, **LABELS, "output_dir": "x"}, "test")
     tokenizer = template.tokenizer
-    rows = label_dataset(run, template).select(range(7))
+    rows = training_rows(run, template).select(range(7))
     assert len({len(ids) for ids in rows["input_ids"]}) > 2
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -170,7 +170,7 @@ def test_the_loss_of_labels_is_binary_cross_entropy(template):
 
 def test_pairs_come_as_trl_takes_them_and_over_long_ones_are_dropped(template, caplog):
     run = build(RewardModelRun, {**SMALL, **PAIRS, "output_dir": "x", "max_length": 36}, "test")
-    rows = pair_dataset(run, template)
+    rows = training_rows(run, template)
     assert set(rows.column_names) == {"chosen_ids", "rejected_ids"}
     assert max(map(len, rows["chosen_ids"])) <= 36 and 0 < len(rows) < len(load_pairs(run.sources))
     text = template.tokenizer.decode(rows[0]["chosen_ids"])

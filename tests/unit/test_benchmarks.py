@@ -9,14 +9,16 @@ from collections import Counter
 import pytest
 from conftest import write_yaml
 
-from r1dist.config import EvaluateRun, Source
+from r1dist.config import EvaluateRun, GRPORun, Source
 from r1dist.config.benchmarks import table
-from r1dist.config.loader import as_tree, parse
+from r1dist.config.loader import as_tree, build, parse
 from r1dist.data.choices import choice_question, right_choice
 from r1dist.data.formats import UnusableRow
 from r1dist.data.programs import humaneval, livecodebench
 from r1dist.data.sources import load_problems
+from r1dist.data.templates import load_template
 from r1dist.errors import UserError
+from r1dist.evaluation.problems import ProblemReader
 from r1dist.rewards.code.reward import code
 
 
@@ -171,8 +173,59 @@ def test_livecodebenchs_tests_of_methods_and_of_stdin():
     assert passed(fenced("print(2 * int(input()))"), livecodebench(row)) == 1
 
 
+def test_programs_may_be_trained_on_livecodebenchs_tests_and_not_on_humanevals(tmp_path, small_grpo):
+    case = {"input": "2\n", "output": "4\n", "testtype": "stdin"}
+    row = {"q": "Double it.", "public_test_cases": json.dumps([case]), "private_test_cases": "[]"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = {"path": str(tmp_path / "rows.jsonl"), "problem": "q", "tests": "private_test_cases", "kind": "code"}
+    tree = {**small_grpo, "output_dir": "x", "rewards": {"code": 1}}
+    run = build(GRPORun, {**tree, "data": {"sources": [{**source, "tests_format": "livecodebench"}]}}, "run.yaml")
+    (read,) = load_problems(run.data.sources)
+    assert code(fenced("print(2 * int(input()))"), read) == 1
+    with pytest.raises(UserError, match=r"`data\.sources\.0\.tests_format`: humaneval is for evaluation"):
+        build(GRPORun, {**tree, "data": {"sources": [{**source, "tests_format": "humaneval"}]}}, "run.yaml")
+
+
 def test_pickled_objects_are_not_read():
     packed = base64.b64encode(zlib.compress(pickle.dumps(Counter))).decode()
     row = {"metadata": "{}", "public_test_cases": "[]", "private_test_cases": packed}
     with pytest.raises(UnusableRow, match=r"hold an object, collections\.Counter"):
         livecodebench(row)
+
+
+def read_benchmark(tmp_path, name: str, *rows: dict) -> list:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = evaluation("--benchmarks", json.dumps([{"name": name, "path": str(path)}]))
+    reader = ProblemReader("chat", load_template(run.model, "chat"), run.prompting, 4096, 8, pool=None)
+    return reader.benchmarks(run.benchmarks, "benchmarks")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "refusal"),
+    [
+        ("math500", {"problem": "?", "answers": "1", "level": 2},
+         r"`answer` \(`answer`\); did you mean `answers`\?\nIt has problem, answers, level\."),
+        ("svamp", {"Body": "?", "question": "?", "Answer": 1},
+         r"`Question` \(`problem`\); did you mean `question`\?\nIt has Body, question, Answer\."),
+        ("mmlu_stem", {"question": "?", "answer": 0}, r"`choices` \(`choices`\)\.\nIt has question, answer\."),
+        ("humaneval", {"prompt": "?", "test": "", "entry": "f"},
+         r"`entry_point` \(`tests_format`\); did you mean `entry`\?\nIt has prompt, test, entry\."),
+        ("livecodebench", {"question_content": "?", "starter_code": "", "private_test_cases": "[]"},
+         r"`public_test_cases` \(`tests_format`\); did you mean `private_test_cases`\?\nIt has "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isalnum() else "",
+)  # fmt: skip
+def test_a_benchmark_with_other_columns_is_refused_by_name(tmp_path, name, row, refusal):
+    with pytest.raises(UserError, match=rf"^benchmark {name}: .*rows\.jsonl has no column {refusal}") as error:
+        read_benchmark(tmp_path, name, row)
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "tests", ["{", "[1]", '[{"input": ""}]', "AAAA", "!"], ids=["JSON", "numbers", "fields", "zlib", "base64"]
+)
+def test_tests_in_another_form_are_refused(tmp_path, tests):
+    row = {"question_content": "?", "starter_code": "", "private_test_cases": tests, "public_test_cases": "[]"}
+    with pytest.raises(UserError, match=r"benchmark livecodebench: .*1 with no tests of the form `livecodebench`"):
+        read_benchmark(tmp_path, "livecodebench", row)

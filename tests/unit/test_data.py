@@ -48,7 +48,7 @@ def test_local_sources(tmp_path, kind):
 
 def test_a_missing_column_lists_those_that_are_there(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"no column `question` \(`problem`\); it has q, a"):
+    with pytest.raises(UserError, match=r"no column `question` \(`problem`\)\.\nIt has q, a"):
         load_problems([Source(path=path, problem="question", answer="a")])
     with pytest.raises(UserError, match="needs `answer`; its columns are q, a"):
         load_problems([Source(path=path, problem="q")])

@@ -171,7 +171,11 @@ def test_grpo_and_sampling_refuse_unreadable_golds_before_they_write(tmp_path, m
 def test_what_is_read_at_the_end_is_looked_at_in_the_beginning(tmp_path, monkeypatch):
     bad = [{"path": jsonl(tmp_path / "rows.jsonl", [{"q": "?"}]), "problem": "q"}]
     tree = {**SMALL, **PAIRS, "output_dir": str(tmp_path / "run"), "holdout": bad}
-    refused(monkeypatch, reward_models, reward_models.train, build(RewardModelRun, tree, "test"), "needs `chosen`")
+    run = build(RewardModelRun, tree, "test")
+    refused(monkeypatch, reward_models, reward_models.train, run, "^holdout: .*needs `chosen`")
+    talk = {"data": {"sources": [{"path": "tiny_talk", "limit": 4}]}, "holdout": bad, "eval_strategy": "steps"}
+    run = build(SFTRun, {**SMALL, **talk, "output_dir": str(tmp_path / "run")}, "test")
+    refused(monkeypatch, sft, sft.train, run, "^holdout: .*needs `completion`")
     source = {"path": "tiny", "limit": 4}
     generators = [{"name": "one", "model": {"path": "tiny"}, "data": {"sources": [source]}}]
     run = build(SampleRun, {"output_dir": str(tmp_path / "run"), "generators": generators, "mix": bad}, "test")

@@ -147,7 +147,7 @@ def test_what_would_be_ignored_or_break_checkpoints_is_refused(small_grpo, name)
         "accelerator_config": {"split_batches": True}, "fsdp": "full_shard", "fsdp_config": {"a": 1}, "data_seed": 3,
         "parallelism_config": {"a": 1}, "entropy_coef": 0.1, "top_entropy_quantile": 0.2,
         "off_policy_mask_threshold": 0.5, "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0,
-        "max_tool_calling_iterations": 2, "train_sampling_strategy": "sequential",
+        "max_tool_calling_iterations": 2, "train_sampling_strategy": "sequential", "eval_do_concat_batches": False,
     }.get(name, True)  # fmt: skip
     assert "is not supported: it " in refused(GRPORun, small_grpo, name, other)
     if name in UNSUPPORTED:
@@ -159,11 +159,15 @@ def test_what_would_be_ignored_or_break_checkpoints_is_refused(small_grpo, name)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("eval_strategy", "steps", "`data.eval` on what; set both or none"),
+        ("eval_strategy", "steps", "`data.eval` or `holdout` on what; set both or none"),
         ("eval_steps", 5, "`eval_steps` is of an evaluation during training; set `eval_strategy` and `data.eval`"),
         ("eval_on_start", True, "`eval_on_start` is of an evaluation during training"),
-        ("metric_for_best_model", "gsm8k/accuracy", "without `data.eval` there is none"),
-        ("load_best_model_at_end", True, "without `data.eval` there is none"),
+        (
+            "metric_for_best_model",
+            "gsm8k/accuracy",
+            "without `eval_strategy` and `data.eval` or `holdout` there is none",
+        ),
+        ("load_best_model_at_end", True, "`holdout` there is none"),
         ("do_predict", True, "use launch/evaluate.py instead"),
     ],
 )
@@ -179,7 +183,27 @@ def test_the_best_checkpoint_is_by_a_score_that_is_measured(small_grpo):
     assert build(GRPORun, {**tree, "metric_for_best_model": "gsm8k/accuracy"}, "run.yaml").data.eval[0].name == "gsm8k"
     stale = {**tree, "rollout": {"engine": "vllm", "max_staleness": 1}}
     assert "never stop" in refused(GRPORun, stale, "eval_strategy", "steps")
-    assert "measures policies" in refused(RewardModelRun, PAIRS, "eval_strategy", "steps")
+
+
+@pytest.mark.parametrize(
+    ("run_class", "tree", "scores"), [(SFTRun, SFT, "loss"), (RewardModelRun, PAIRS, "loss, accuracy")]
+)
+def test_rows_held_out_are_measured_when_it_says_so(run_class, tree, scores):
+    held_out = {**tree, "holdout": [{"path": "tiny_pairs"}], "eval_strategy": "steps"}
+    assert f"there are {scores}." in refused(run_class, held_out, "metric_for_best_model", "speed")
+    assert build(run_class, {**held_out, "metric_for_best_model": "loss"}, "run.yaml").holdout
+    assert "would leave rows of `holdout` out" in refused(run_class, held_out, "dataloader_drop_last", True)
+    assert "`holdout` on what" in refused(run_class, tree, "eval_strategy", "steps")
+
+
+def test_only_a_reward_models_holdout_is_measured_without_a_strategy():
+    with pytest.raises(UserError, match="`holdout` on what; set both or none"):
+        build(SFTRun, {**SFT, "holdout": [{"path": "tiny"}]}, "run.yaml")
+    tree = {**PAIRS, "holdout": [{"path": "tiny_pairs"}]}
+    assert build(RewardModelRun, tree, "run.yaml").holdout
+    assert "without `eval_strategy` and `holdout` there is none" in refused(
+        RewardModelRun, tree, "metric_for_best_model", "accuracy"
+    )
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])

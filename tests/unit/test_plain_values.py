@@ -6,6 +6,7 @@ from conftest import write_yaml
 from r1dist.config import ChatRun, EvaluateRun, GRPORun, SampleRun, ServeRun, SFTRun
 from r1dist.config.loader import as_tree, build, parse
 from r1dist.config.pipeline import PipelineRun
+from r1dist.config.plain import load
 from r1dist.errors import UserError
 
 # What YAML 1.1, or 1.2, takes for something else than text.
@@ -81,6 +82,35 @@ def test_texts_in_lists_keep_what_is_written(tmp_path):
     pipeline = write_yaml(tmp_path / "pipeline.yaml", PIPELINE)
     assert parse(PipelineRun, ["--config", str(pipeline), "--only", "1,2"]).only == ["1", "2"]
     assert parse(PipelineRun, ["--config", str(pipeline), "--from", "7"]).from_ == "7"
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "read"),
+    [
+        ("modes", "greedy", ["greedy"]),
+        ("modes", "sampled, greedy", ["sampled", "greedy"]),
+        ("modes", "[greedy]", ["greedy"]),
+        ("benchmarks", "svamp,mawps", ["svamp", "mawps"]),
+    ],
+)
+def test_a_list_of_names_needs_no_brackets(tmp_path, field, written, read):
+    tree = {"model": {"path": "tiny"}, "data": {"sources": [{"path": "tiny"}]}}
+    file = write_yaml(tmp_path / "evaluate.yaml", tree)
+    found = getattr(parse(EvaluateRun, ["--config", str(file), f"--{field}", written]), field)
+    assert [getattr(entry, "name", entry) for entry in found] == read
+    file.write_text(f"{file.read_text()}{field}: {written}\n")
+    assert getattr(parse(EvaluateRun, ["--config", str(file)]), field) == found
+
+
+def test_a_list_of_numbers_needs_no_brackets_and_one_of_texts_does(small_grpo):
+    def built(name: str, written: str) -> GRPORun:
+        return build(GRPORun, {**merged(small_grpo, name, load(written)), "output_dir": "x"}, "run.yaml")
+
+    assert built("train.pass_rate", "0.2,0.8").train.pass_rate == [0.2, 0.8]
+    with pytest.raises(UserError, match=r"`train\.pass_rate\.1`: .* got nothing"):
+        built("train.pass_rate", "0.2,")
+    with pytest.raises(UserError, match=r"`rewards\.accuracy\.kinds`: Input should be a valid list; got 'math,code'"):
+        built("rewards.accuracy.kinds", "math,code")
 
 
 @pytest.mark.parametrize(

@@ -98,13 +98,13 @@ def test_a_missing_inner_column_lists_those_that_are_there(problems, rest, colum
     rows = [{"prompt": "?", "reward_model": {"ground_truth": "1", "style": "rule"}}, {"prompt": "?"} | {
         "reward_model": {"ground_truth": "2", "style": "rule", **rest}}]  # fmt: skip
     there = "prompt, reward_model.ground_truth, reward_model.style"
-    with pytest.raises(UserError, match=rf"no column `{column}` \(`answer`\); it has {there}"):
+    with pytest.raises(UserError, match=rf"no column `{column}` \(`answer`\)[.;].*\nIt has {there}"):
         problems(rows, problem="prompt", answer=column)
 
 
 @pytest.mark.parametrize("field", ["system", "tests", "language"])
 def test_columns_of_further_fields_must_be_there_too(problems, field):
-    with pytest.raises(UserError, match=rf"no column `nowhere` \(`{field}`\); it has q, a"):
+    with pytest.raises(UserError, match=rf"no column `nowhere` \(`{field}`\)\.\nIt has q, a"):
         problems([{"q": "?", "a": "1"}], problem="q", answer="a", **{field: "nowhere"})
 
 
