@@ -19,7 +19,7 @@ from .objective import OBJECTIVES
 from .plain import NULL, Plain, is_text, load, read_as
 from .runs import EvaluateRun, GRPORun
 from .tree import alternatives, child, parts_of, section_of
-from .trl_fields import TRL_CLASS, field_types, validator
+from .trl_fields import GRPO_DEFAULTS, TRL_CLASS, TRL_DEFAULTS, field_types, validator
 from .trl_limits import OURS_INSTEAD
 from .validate import validate
 from .values import expanded, refusal
@@ -45,10 +45,6 @@ RENAMED = {
     "ways": "generators",
 }
 SERVER_ADDRESS = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port")
-# What this project sets where the YAML is silent.
-TRL_DEFAULTS = {"logging_steps": 1, "report_to": "none", "save_total_limit": 2}
-# TRL's own default masks whole sequences, the longer the likelier.
-GRPO_DEFAULTS = {"vllm_importance_sampling_mode": "token_truncate"}
 
 
 def config_path(argv: list[str], default_config: Path | None = None) -> Path | None:

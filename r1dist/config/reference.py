@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from .loader import GRPO_DEFAULTS, TRL_DEFAULTS
 from .objective import LOSS_TYPES, PAPER
 from .tree import may_change, section_of
-from .trl_fields import MAY_CHANGE, TRL_CLASS, field_types
+from .trl_fields import GRPO_DEFAULTS, MAY_CHANGE, TRL_CLASS, TRL_DEFAULTS, field_types
 
 # The fields of TRL and transformers that most runs set, and what they mean.
 COMMON = {

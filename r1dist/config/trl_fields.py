@@ -58,6 +58,10 @@ ENUMERATIONS = {
     "HubStrategy": "trainer_utils.py",
     "OptimizerNames": "training_args.py",
 }
+TRL_DEFAULTS = {"logging_steps": 1, "report_to": "none", "save_total_limit": 2}
+"""What this project sets where the YAML is silent."""
+GRPO_DEFAULTS = {"vllm_importance_sampling_mode": "token_truncate"}
+"""The same, of RL. TRL's own default masks whole sequences, the longer the likelier."""
 PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "Any": Any}
 
 
