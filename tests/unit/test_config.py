@@ -74,7 +74,9 @@ def test_help_says_how_to_call_a_launcher_and_what_each_field_means(script, tmp_
     assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir())
     assert f"launch/{script}" in done.stdout
     if script not in ("job.py", "check.py"):
-        field = {"pipeline.py": "until", "convert.py": "gguf"}.get(script, "model.path")
+        field = {"pipeline.py": "until", "convert.py": "gguf", "sample.py": "generators.N.model.path"}.get(
+            script, "model.path"
+        )
         assert re.search(rf"^  --{field}\b.*\n      \w", done.stdout, re.MULTILINE)
 
 

@@ -8,6 +8,7 @@ from r1dist.config.loader import as_tree, build, parse
 from r1dist.config.pipeline import PipelineRun
 from r1dist.config.plain import load
 from r1dist.errors import UserError
+from r1dist.rewards.registry import check_rewards
 
 # What YAML 1.1, or 1.2, takes for something else than text.
 WORDS = [
@@ -244,9 +245,12 @@ def test_what_is_no_configuration_is_refused_in_two_lines(tmp_path, small_grpo, 
 def test_paths_are_expanded(tmp_path, monkeypatch, run_class, tree, name, home):
     monkeypatch.setenv("HOME", "/somewhere")
     file = write_yaml(tmp_path / "run.yaml", merged(tree, name, home))
-    assert at(as_tree(parse(run_class, ["--config", str(file)])), name) == "/somewhere/x"
     plain = write_yaml(tmp_path / "plain.yaml", merged(tree, name, "other"))
-    assert at(as_tree(parse(run_class, ["--config", str(plain), f"--{name}={home}"])), name) == "/somewhere/x"
+    for words in (["--config", str(file)], ["--config", str(plain), f"--{name}={home}"]):
+        run = parse(run_class, words)
+        if run_class is GRPORun:
+            check_rewards(run)
+        assert at(as_tree(run), name) == "/somewhere/x"
 
 
 def test_more_paths(tmp_path, monkeypatch):
