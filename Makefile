@@ -124,9 +124,9 @@ data/gsm8k/%.jsonl: | $(STAMP)
 data/svamp/%.jsonl: | $(STAMP)
 	$(call fetch,'ChilleD/SVAMP')
 
-# Three files at a time: each waits for servers and for what it killed.
+# Two files at a time: each waits for servers and for what it killed.
 test: setup $(SERVERS)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A real SLURM on this machine, and network namespaces: as root, on Debian or the like.
 test-slurm: setup $(SERVERS)
