@@ -50,7 +50,7 @@ class StageFailed(RunStopped):
 
 
 def asks_for_help(argv: list[str]) -> bool:
-    return "--help" in argv or "-h" in argv
+    return "--help" in argv
 
 
 def run_cli(main: Callable[[list[str]], None]) -> int:
@@ -59,7 +59,7 @@ def run_cli(main: Callable[[list[str]], None]) -> int:
     A `UserError` (exit code 2), a `RunStopped` (its own code, mostly 3) and a full disk (3) are printed without a
     traceback.
     """
-    argv = sys.argv[1:]
+    argv = ["--help" if word == "-h" else word for word in sys.argv[1:]]
     if asks_for_help(argv):
         print(f"{main.__globals__['__doc__']}\n")
     try:

@@ -110,11 +110,16 @@ class Runner:
     def _require_inputs(self, step: Step) -> None:
         for name in step.needs:
             needed = self.graph.steps[name]
-            if self.manifest.steps.get(name, {}).get("state") != "finished" or not needed.output.exists():
+            if not self._is_finished(name):
                 raise UserError(
                     f"stage `{step.stage.name}` needs what `{name}` leaves ({needed.output}), and that is not there. "
                     f"Run `{name}` first: --until {step.stage.name} runs all that it needs."
                 )
+
+    def _is_finished(self, name: str) -> bool:
+        """Whether the step was done, and what it left has not been removed since."""
+        done = self.manifest.steps.get(name, {}).get("state") == "finished"
+        return done and self.graph.steps[name].output.exists()
 
     def _do(self, step: Step, decision: Decision, inputs: dict[str, str]) -> None:
         if decision.act == "again":
@@ -202,13 +207,12 @@ class Runner:
         for stage in self.graph.run.stages:
             record = self.manifest.steps.get(stage.name, {})
             evaluation = self.manifest.steps.get(stage.name + EVALUATION, {})
-            if "finished" not in (record.get("state"), evaluation.get("state")):
+            finished = [name for name in (stage.name, stage.name + EVALUATION) if self._is_finished(name)]
+            if not finished:
                 continue
-            if stage.kind != "base" and not self.graph.steps[stage.name].output.exists():
-                continue  # removed since; the step's turn makes it again
             entry = {"name": stage.name, "kind": stage.kind}
             entry["seconds"] = round(record.get("seconds", 0) + evaluation.get("seconds", 0), 1)
-            if evaluation.get("state") == "finished":
+            if stage.name + EVALUATION in finished:
                 scores = json.loads(self.graph.steps[stage.name + EVALUATION].output.read_text())
                 entry |= {"eval": scores["greedy"], "sampled": scores["sampled"]}
                 entry |= {part: scores[part] for part in ("requests", "benchmarks") if part in scores}

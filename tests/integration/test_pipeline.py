@@ -151,10 +151,12 @@ def test_a_stage_is_repeated_only_where_something_changed(undisturbed):
     planned = launch("pipeline.py", "--config", config, "--dry_run", "--only", "sft,rl").stdout
     assert acts(planned)["sft"][0] == "skip" and acts(planned)["rl"][0] == "again"
 
-    shutil.rmtree(run / "samples")  # by hand: it is made again in its turn
+    shutil.rmtree(run / "samples")  # by hand: they are made again in their turn
+    (run / "evaluations" / "sft.json").unlink()
     done = launch("pipeline.py", "--config", config, "--until", "base")
     assert done.returncode == 0, done.stderr
-    assert "samples" not in [stage["name"] for stage in json.loads((run / "summary.json").read_text())["stages"]]
+    stages = {stage["name"]: stage for stage in json.loads((run / "summary.json").read_text())["stages"]}
+    assert "samples" not in stages and "eval" in stages["base"] and "eval" not in stages["sft"]
 
 
 def test_killed_anywhere_the_same_command_comes_to_the_same(undisturbed):

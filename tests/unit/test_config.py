@@ -72,6 +72,8 @@ def test_help_says_how_to_call_a_launcher_and_what_each_field_means(script, tmp_
         [sys.executable, ROOT / "launch" / script, "--help"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir())
+    short = subprocess.run([sys.executable, ROOT / "launch" / script, "-h"], capture_output=True, text=True)
+    assert short.returncode == 0 and short.stdout == done.stdout
     assert f"launch/{script}" in done.stdout
     if script not in ("job.py", "check.py"):
         field = {"pipeline.py": "until", "convert.py": "gguf", "sample.py": "generators.N.model.path"}.get(
