@@ -183,9 +183,10 @@ def draw(runs: list[dict], path: Path) -> None:
 
 def main(folders: list[str]) -> None:
     for folder in map(Path, folders):
-        found: dict[str, Any] = collect(folder)
-        (RESULTS / f"real-{folder.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("real-*.json"))]
+        run: dict[str, Any] = collect(folder)
+        (RESULTS / f"real-{folder.name}.json").write_text(json.dumps(run, indent=1) + "\n")
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("real-*.json"))]
+    runs = [run for run in found if run["bench"] == "real_results"]  # the others are of bench/real.py
     PAGE.write_text(page(runs))
     draw(runs, CURVE)
 

@@ -4,11 +4,9 @@ Exit code 0 if a run can start here, 2 if not.
 """
 
 import sys
-from pathlib import Path
 
 from r1dist.errors import UserError, asks_for_help, run_cli
-
-RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
+from r1dist.shipped import RECIPES
 
 
 def main(argv: list[str]) -> None:

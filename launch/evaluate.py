@@ -5,14 +5,14 @@ Or with `--config FILE`. Without either, those of a model on the embedded base's
 
 import json
 import sys
-from pathlib import Path
 
 from r1dist.config import EvaluateRun
 from r1dist.config.loader import parse
 from r1dist.errors import run_cli
 from r1dist.logs import set_up_logging
+from r1dist.shipped import RECIPES
 
-TINY = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "evaluate.yaml"
+TINY = RECIPES / "tiny" / "evaluate.yaml"
 
 
 def main(argv: list[str]) -> None:

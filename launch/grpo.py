@@ -2,14 +2,12 @@
 
 import os
 import sys
-from pathlib import Path
 
 from r1dist.config import GRPORun
 from r1dist.config.loader import config_path, parse
 from r1dist.errors import asks_for_help, run_cli
 from r1dist.logs import set_up_logging
-
-RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
+from r1dist.shipped import RECIPES
 
 
 def main(argv: list[str]) -> None:

@@ -8,12 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 from r1dist.errors import EXIT_INTERRUPTED, RunStopped, UserError, asks_for_help, run_cli
+from r1dist.shipped import RECIPES
 
-LAUNCH = Path(__file__).resolve().parent
-RECIPE = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"
 KINDS = ("grpo", "sft", "reward_model", "sample", "evaluate", "pipeline")
 
 
@@ -30,9 +28,9 @@ def main(argv: list[str]) -> None:
     from r1dist.cluster.job_launcher import JobLauncher, PipelineJob
 
     if kind == "pipeline":
-        work = PipelineJob(arguments, RECIPE, heard, LAUNCH)
+        work = PipelineJob(arguments, RECIPES / "tiny" / "pipeline.yaml", heard)
     else:
-        work = JobLauncher(kind, arguments, Cluster.here(), heard, LAUNCH)
+        work = JobLauncher(kind, arguments, Cluster.here(), heard)
     if work.config.dry_run:
         print(work.plan())
         return

@@ -5,14 +5,13 @@ Started again, whatever ended it, it continues. `--slurm job` or `--slurm chain`
 
 import shlex
 import sys
-from pathlib import Path
 
 from r1dist.config.loader import config_path, parse
 from r1dist.config.pipeline import PipelineRun
 from r1dist.errors import run_cli
+from r1dist.shipped import LAUNCH, RECIPES
 
-LAUNCH = Path(__file__).resolve().parent
-DEFAULT = LAUNCH.parent / "configs" / "recipes" / "tiny" / "pipeline.yaml"
+DEFAULT = RECIPES / "tiny" / "pipeline.yaml"
 
 
 def main(argv: list[str]) -> None:
@@ -20,7 +19,7 @@ def main(argv: list[str]) -> None:
     from r1dist.pipeline.graph import Graph
     from r1dist.pipeline.runner import Runner
 
-    graph = Graph(run, config_path(argv, DEFAULT).parent, LAUNCH)
+    graph = Graph(run, config_path(argv, DEFAULT).parent)
     if run.slurm is not None:
         return to_slurm(graph, argv)
     runner = Runner(graph)

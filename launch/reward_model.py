@@ -1,13 +1,13 @@
 """A reward model: `accelerate launch launch/reward_model.py --config FILE [--field value ...]`."""
 
 import sys
-from pathlib import Path
 
 from r1dist.config import RewardModelRun
 from r1dist.config.loader import parse
 from r1dist.errors import run_cli
+from r1dist.shipped import RECIPES
 
-DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "reward_helpfulness.yaml"
+DEFAULT = RECIPES / "tiny" / "reward_helpfulness.yaml"
 
 
 def main(argv: list[str]) -> None:

@@ -5,14 +5,14 @@ Started again, whatever ended it, it continues.
 
 import json
 import sys
-from pathlib import Path
 
 from r1dist.config import SampleRun
 from r1dist.config.loader import parse
 from r1dist.errors import run_cli
 from r1dist.logs import set_up_logging
+from r1dist.shipped import RECIPES
 
-DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "tiny" / "rejection_sampling.yaml"
+DEFAULT = RECIPES / "tiny" / "rejection_sampling.yaml"
 
 
 def main(argv: list[str]) -> None:

@@ -1,13 +1,11 @@
 """Supervised fine-tuning: `accelerate launch launch/sft.py --config FILE [--field value ...]`."""
 
 import sys
-from pathlib import Path
 
 from r1dist.config import SFTRun
 from r1dist.config.loader import config_path, parse
 from r1dist.errors import asks_for_help, run_cli
-
-RECIPES = Path(__file__).resolve().parents[1] / "configs" / "recipes"
+from r1dist.shipped import RECIPES
 
 
 def main(argv: list[str]) -> None:

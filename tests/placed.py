@@ -43,7 +43,7 @@ RECIPES = list(_recipes())
 def placed(monkeypatch, kind: str, arguments: list[str], nodes: int, gpus: int) -> JobLauncher:
     """The job on `nodes` nodes with `gpus` GPUs of 80 GiB each."""
     monkeypatch.setattr(Cluster, "machines", lambda self, config: Machines(nodes, gpus, 80.0 if gpus else 0.0))
-    return JobLauncher(kind, arguments, Cluster.here({}), [], ROOT / "launch")
+    return JobLauncher(kind, arguments, Cluster.here({}), [])
 
 
 def parsed(job: JobLauncher) -> Iterator[tuple[Any, list[str]]]:

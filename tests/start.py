@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 
-MODULES = ("accelerate.commands.launch", "torch.distributed.run")
+MODULES = ("accelerate.commands.launch", "torch.distributed.run", "r1dist")
 
 
 def main(python: str, path: str, *words: str) -> None:

@@ -4,16 +4,11 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from r1dist.config.convert import ConvertRun
 from r1dist.config.loader import RENAMED
-from r1dist.config.pipeline import PipelineRun
-from r1dist.config.reference import FieldHelp, own_fields, trl_fields
-from r1dist.config.runs import ChatRun, EvaluateRun, GRPORun, RewardModelRun, ServeRun, SFTRun
-from r1dist.config.sampling import SampleRun
+from r1dist.config.reference import LAUNCHERS, FieldHelp, own_fields, trl_fields
 from r1dist.config.trl_fields import TRL_CLASS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration_reference.md"
-LAUNCHERS = (GRPORun, SFTRun, RewardModelRun, SampleRun, EvaluateRun, PipelineRun, ServeRun, ChatRun, ConvertRun)
 
 
 def page() -> str:
@@ -26,7 +21,7 @@ def page() -> str:
         "*resume*: whether a run may be resumed with another value. The batch fields may change if the rows of an",
         "optimizer step, and of a generation, stay the same.",
     ]
-    for launcher in LAUNCHERS:
+    for launcher in LAUNCHERS.values():
         lines += ["", f"## {inspect.cleandoc(launcher.__doc__ or '')}", "", *_table(own_fields(launcher))]
         trl_class = TRL_CLASS.get(launcher.__name__)
         if trl_class is not None:

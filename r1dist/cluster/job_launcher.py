@@ -32,9 +32,10 @@ from ..generation.vllm.endpoints import OWNER_ONLY, read
 from ..generation.vllm.start import require_length, require_vllm, sleeps
 from ..generation.weight_sync.scratch import clear
 from ..models import load_model_config
-from ..pipeline.graph import KINDS, parsed
+from ..pipeline.graph import KINDS, accelerate_launch, parsed
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from ..run.setup import computing_dtype, hardware_defaults
+from ..shipped import CONFIGS, LAUNCH
 from .allocation import Cluster
 from .memory import BYTES, Sharding, parameter_count, peak, training_memory
 from .placement import Load, Placement, place
@@ -51,15 +52,13 @@ class JobLauncher:
     """One run of `kind` (`grpo`, `sft`, `reward_model`, `sample`, `evaluate`) with the launcher's `arguments`.
 
     `asked` grows by the signals that ask to stop; it is looked at before the work begins, and while servers come up.
-    `launch` is the folder of the launchers, in a checkout: this package may be installed elsewhere.
 
     Raises `UserError` for a placement that cannot be.
     """
 
-    def __init__(self, kind: str, arguments: list[str], cluster: Cluster, asked: list[int], launch: Path):
+    def __init__(self, kind: str, arguments: list[str], cluster: Cluster, asked: list[int]):
         self.kind = KINDS[kind]
         self.name = kind
-        self.launch = launch
         self.arguments = arguments
         self.config = parsed(self.kind, arguments)
         self.folder = folder_of(self.config)
@@ -188,7 +187,7 @@ class JobLauncher:
             dtype=served_dtype(self.config),
             max_model_len=self.served_length or rollout.serve.max_model_len,
         )
-        words = [sys.executable, str(self.launch / "serve.py"), "--model.path", self.config.model.path]
+        words = [sys.executable, str(LAUNCH / "serve.py"), "--model.path", self.config.model.path]
         words += ["--endpoints", str(self._endpoints(node)), "--token_file", str(self._token())]
         words += ["--transport", placement.transport]
         for name, usual in dataclasses.asdict(Serve()).items():
@@ -200,7 +199,7 @@ class JobLauncher:
     def _work(self, port: int) -> list[str]:
         """The command that trains or samples; its processes meet at `port` of the first node."""
         placement = self.placement
-        script = [str(self.launch / self.kind.script), *self.arguments, *self._settled()]
+        script = [str(LAUNCH / self.kind.script), *self.arguments, *self._settled()]
         logs = str(self.logs / f"{self.name}-%N-%t.log") if self.cluster.job else None
         ranks = ["--tee", "3", "--log_dir", str(self.logs / "ranks")]
         if not self.kind.trains:
@@ -209,8 +208,7 @@ class JobLauncher:
                 launcher += ["-m", "torch.distributed.run", "--standalone"]
                 launcher += ["--nproc_per_node", str(placement.processes), *ranks]
             return [*self.cluster.on(0, placement.serve_nodes, logs), *launcher, *script]
-        config = str(_accelerate(self.launch, placement))
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+        launcher = [sys.executable, *accelerate_launch(_accelerate(placement))]
         launcher += ["--num_machines", str(placement.train_nodes), "--num_processes", str(placement.world)]
         launcher += ["--main_process_port", str(port)] if placement.world > 1 else []
         if placement.train_nodes == 1:
@@ -247,9 +245,9 @@ class JobLauncher:
 class PipelineJob:
     """`launch/pipeline.py` inside a job: its stages run one after another over the job's nodes."""
 
-    def __init__(self, arguments: list[str], default: Path, asked: list[int], launch: Path):
+    def __init__(self, arguments: list[str], default: Path, asked: list[int]):
         self.config = parse(PipelineRun, arguments, default)
-        self.command = [sys.executable, str(launch / "pipeline.py"), *arguments, "--launcher", "job"]
+        self.command = [sys.executable, str(LAUNCH / "pipeline.py"), *arguments, "--launcher", "job"]
         self.command += ["--output_dir", self.config.output_dir]
         self.asked = asked
 
@@ -378,8 +376,8 @@ def _configured_tensor_parallel(rollout) -> int | None:
     return rollout.serve.tensor_parallel if rollout.serve.tensor_parallel > 1 else None
 
 
-def _accelerate(launch: Path, placement: Placement) -> Path:
-    where = launch.parent / "configs" / "accelerate"
+def _accelerate(placement: Placement) -> Path:
+    where = CONFIGS / "accelerate"
     if placement.zero_stage == 0:
         return where / ("single_gpu.yaml" if placement.machines.gpus else "cpu.yaml")
     return where / f"zero{placement.zero_stage}{'' if placement.machines.gpus else '_cpu'}.yaml"

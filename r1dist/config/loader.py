@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError, asks_for_help, did_you_mean
+from ..shipped import located, recipes
 from .benchmarks import PROTOCOLS, settle
 from .engines import choose_engine
 from .objective import OBJECTIVES
@@ -48,14 +49,14 @@ SERVER_ADDRESS = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port"
 
 
 def config_path(argv: list[str], default_config: Path | None = None) -> Path | None:
-    """The file that `--config` names, else the default."""
+    """The file or recipe that `--config` names, else the default."""
     arguments = _arguments(argv)
     if "config" not in arguments:
         return default_config
     if arguments["config"] is None:
         raise UserError("--config needs a value, the YAML's path.")
     try:
-        return Path(expanded(arguments["config"]))
+        return Path(located(expanded(arguments["config"])))
     except ValueError as error:
         raise UserError(f"--config: {error}; got {arguments['config']!r}.") from error
 
@@ -226,7 +227,9 @@ def _value(key: str, text: str | None, hint: Any) -> Any:
 
 def _read(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"--config: there is no file {path}.")
+        raise UserError(
+            f"--config: there is no file {path}, and no recipe of that name{did_you_mean(str(path), recipes())}"
+        )
     try:
         tree = load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

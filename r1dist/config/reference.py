@@ -8,10 +8,19 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
+from .convert import ConvertRun
 from .objective import LOSS_TYPES, PAPER
+from .pipeline import PipelineRun
+from .runs import ChatRun, EvaluateRun, GRPORun, RewardModelRun, ServeRun, SFTRun
+from .sampling import SampleRun
 from .tree import may_change, section_of
 from .trl_fields import GRPO_DEFAULTS, MAY_CHANGE, TRL_CLASS, TRL_DEFAULTS, field_types
 
+LAUNCHERS = {
+    "grpo": GRPORun, "sft": SFTRun, "reward_model": RewardModelRun, "sample": SampleRun, "evaluate": EvaluateRun,
+    "pipeline": PipelineRun, "serve": ServeRun, "chat": ChatRun, "convert": ConvertRun,
+}  # fmt: skip
+"""Launcher -> its configuration."""
 # The fields of TRL and transformers that most runs set, and what they mean.
 COMMON = {
     "output_dir": "The folder of the run. It belongs to one run.",

@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 
 from ..config import Data, Prompting, Source
 from ..errors import UserError
+from ..shipped import located
 from .decontaminate import decontaminate
 from .mapping import kept, mapped
 from .sources import load_conversations, load_problems
@@ -69,7 +70,7 @@ def load_examples(prompting: Prompting) -> list[tuple[str, str]]:
     """(problem, completion) of the examples that `prompting` shows; raises `UserError` if they are too few."""
     if prompting.examples is None:
         return []
-    source = Source(path=prompting.examples, problem="problem", completion="completion")
+    source = Source(path=located(prompting.examples), problem="problem", completion="completion")
     rows = load_conversations([source])
     if len(rows) < prompting.shots:
         raise UserError(f"prompting.examples: {prompting.examples} holds {len(rows)}; `shots` is {prompting.shots}.")

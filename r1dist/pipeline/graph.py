@@ -16,6 +16,7 @@ from ..config.pipeline import PipelineRun, Stage
 from ..errors import UserError
 from ..files import samples_folder
 from ..rewards.registry import check_rewards
+from ..shipped import LAUNCH, located
 
 EVALUATION = ".evaluation"
 
@@ -78,20 +79,19 @@ class Graph:
     Args:
         run: The pipeline.
         configs: The folder of the pipeline's YAML and of the stages' YAMLs.
-        launch: The folder of the launchers.
 
     Raises `UserError` for a cycle, a stage that is not there, a missing field, and whatever is wrong in a
     stage's own YAML.
     """
 
-    def __init__(self, run: PipelineRun, configs: Path, launch: Path):
+    def __init__(self, run: PipelineRun, configs: Path):
         self.run = run
         self.configs = configs
-        self.launch = launch
         self.folder = Path(run.output_dir)
         self.stages = {stage.name: stage for stage in run.stages}
         self._check()
-        self.processes = None if run.launcher == "job" else _processes(Path(run.accelerate or ""))
+        self.accelerate = Path(located(run.accelerate or ""))
+        self.processes = None if run.launcher == "job" else _processes(self.accelerate)
         self.steps = self._ordered([step for stage in run.stages for step in self._steps(stage)])
 
     def output(self, name: str) -> Path | str:
@@ -187,8 +187,8 @@ class Graph:
         if kind.rolls_out:
             arguments += self._engine()
         by_job = self.run.launcher == "job"
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", self.run.accelerate] if kind.trains else []
-        words = [str(self.launch / "job.py"), stage.kind] if by_job else [*launcher, str(self.launch / kind.script)]
+        launcher = accelerate_launch(self.accelerate) if kind.trains and not by_job else []
+        words = [str(LAUNCH / "job.py"), stage.kind] if by_job else [*launcher, str(LAUNCH / kind.script)]
         # Cut off, a stage that trains is resumed; what cannot be is refused now.
         asked = [*arguments, "--resume", "auto"] if kind.trains else arguments
         return Step(
@@ -202,7 +202,7 @@ class Graph:
             output=Path(self.output(stage.name)),
             folder=self.folder / stage.name,
             trains=kind.trains,
-            accelerate=self.run.accelerate if kind.trains and not by_job else None,
+            accelerate=str(self.accelerate) if kind.trains and not by_job else None,
         )
 
     def _engine(self) -> list[str]:
@@ -228,13 +228,21 @@ class Graph:
             stage=stage,
             uses=(stage.name, *stage.evaluate_inputs.values()),
             needs=self._trained([stage.name, *stage.evaluate_inputs.values()]),
-            command=[sys.executable, str(self.launch / "evaluate.py"), *arguments],
+            command=[sys.executable, str(LAUNCH / "evaluate.py"), *arguments],
             run_class=EvaluateRun,
             config=as_tree(run),
             output=output,
             folder=samples_folder(output),
             trains=False,
         )
+
+
+def accelerate_launch(config: Path) -> list[str]:
+    """The words after `python` that launch with an Accelerate configuration, wherever its DeepSpeed file is."""
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    named = yaml.safe_load(config.read_text(encoding="utf-8")).get("deepspeed_config", {}).get("deepspeed_config_file")
+    found = named if named is None else located(named)
+    return words if found == named else [*words, "--deepspeed_config_file", found]
 
 
 def _processes(accelerate: Path) -> int:

@@ -1,7 +1,9 @@
 """`launch/pipeline.py --slurm`: the `sbatch` commands of a recipe, as one job or as a chain of them."""
 
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from ..config.pipeline import PipelineRun
@@ -45,7 +47,8 @@ def submit(graph: Graph, arguments: list[str], script: Path) -> dict[str, str]:
             before = list(jobs.values())[-1]
             command = [command[0], f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes", *command[1:]]
         print(shlex.join(command), flush=True)
-        done = subprocess.run(command, capture_output=True, text=True)
+        environment = {"R1DIST_PYTHON": sys.executable} | os.environ
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RunStopped(f"sbatch refused `{name}`; submitted before it: {jobs or 'none'}.\n{done.stderr.strip()}")
         jobs[name] = done.stdout.strip().partition(";")[0]  # `id;cluster` where there are several clusters

@@ -115,11 +115,29 @@ def test_every_launcher_and_recipe_can_be_planned(python, checkout):
         assert not planned or named, words  # the commands that it would start
 
 
-def test_a_run_by_job_trains(python, checkout, tmp_path):
-    tree = {**SMALL_GRPO, "max_steps": 1, "output_dir": str(tmp_path / "run"), "placement": {"gpus_per_node": 0}}
-    config = write_yaml(tmp_path / "grpo.yaml", tree)
-    command = [python, "launch/job.py", "grpo", "--config", config]
-    done = subprocess.run(command, cwd=checkout, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def test_the_command_needs_no_checkout(python, tmp_path):
+    """In an empty folder the recipes are those of the wheel, by their names, and DeepSpeed finds its file."""
+    words = ["pipeline", "--config", "tiny/pipeline", "--until", "r1_zero", "--dry_run"]
+    done = command(python, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    named = {Path(word) for word in done.stdout.split() if word.endswith((".py", ".yaml", ".json")) and word[0] == "/"}
+    assert {path.name for path in named} >= {"grpo.py", "r1_zero.yaml", "zero2_cpu.yaml", "zero2.json"}
+    assert all(path.exists() and path.is_relative_to(python.parents[1]) for path in named)
+    absent = command(python, tmp_path, "grpo", "--config", "tiny/r1_zer")
+    assert absent.returncode == 2 and "no recipe of that name; did you mean `tiny/r1_zero`?" in absent.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_by_job_trains_without_a_checkout(python, tmp_path):
+    tree = {**SMALL_GRPO, "max_steps": 1, "output_dir": "run", "placement": {"gpus_per_node": 0}}
+    write_yaml(tmp_path / "grpo.yaml", tree)
+    done = command(python, tmp_path, "job", "grpo", "--config", "grpo.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run" / "model.safetensors").exists()
     assert yaml.safe_load((tmp_path / "run" / "run.json").read_text())["launcher"] == "grpo"
+
+
+def command(python: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """`r1dist *words`, typed in `folder`."""
+    script = [python.with_name("r1dist"), *words]
+    return subprocess.run(script, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

@@ -32,7 +32,7 @@ def graph(folder, grpo, *words):
     tree = {"output_dir": "runs/x", "evaluate": "evaluate.yaml", "stages": stages}
     tree["accelerate"] = str(ROOT / "configs" / "accelerate" / "zero2_cpu.yaml")
     file = write_yaml(folder / "pipeline.yaml", tree)
-    return Graph(parse(PipelineRun, ["--config", str(file), *words]), folder, ROOT / "launch")
+    return Graph(parse(PipelineRun, ["--config", str(file), *words]), folder)
 
 
 def test_the_plan_knows_the_processes(tmp_path):
@@ -57,7 +57,7 @@ def test_a_job_checks_the_batch_of_all_its_processes(tmp_path):
     tree = {**SMALL_GRPO, "output_dir": str(tmp_path / "run"), **uneven, "placement": {"processes": 2}}
     file = write_yaml(tmp_path / "grpo.yaml", tree)
     with pytest.raises(UserError, match=r"grpo\.yaml: `steps_per_generation` 6 \(`generation_batch_size` 96\)"):
-        JobLauncher("grpo", ["--config", str(file)], Cluster.here(), [], ROOT / "launch")
+        JobLauncher("grpo", ["--config", str(file)], Cluster.here(), [])
 
 
 def test_commands_get_the_folder_with_its_home(tmp_path, monkeypatch):
@@ -68,9 +68,9 @@ def test_commands_get_the_folder_with_its_home(tmp_path, monkeypatch):
     assert "/somewhere/x/evaluations/rl.json" in plan.steps["rl.evaluation"].command
     assert all("--output=/somewhere/x/logs/" in " ".join(command) for _, command in submissions(plan, words, ROOT))
     file = write_yaml(tmp_path / "one.yaml", {**SMALL_GRPO, "output_dir": "~/x"})
-    job = JobLauncher("grpo", ["--config", str(file)], Cluster.here(), [], ROOT / "launch")
+    job = JobLauncher("grpo", ["--config", str(file)], Cluster.here(), [])
     assert "--output_dir /somewhere/x" in job.plan() and not (tmp_path / "~").exists()
-    whole = PipelineJob(["--config", str(tmp_path / "pipeline.yaml"), *words], file, [], ROOT / "launch")
+    whole = PipelineJob(["--config", str(tmp_path / "pipeline.yaml"), *words], file, [])
     assert whole.command[-2:] == ["--output_dir", "/somewhere/x"]
 
 

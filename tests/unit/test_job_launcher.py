@@ -22,7 +22,7 @@ SAMPLE = {
 def planned(tmp_path, cluster: Cluster, *arguments: str) -> list[str]:
     """The words of the command that samples."""
     file = write_yaml(tmp_path / "sample.yaml", {**SAMPLE, "output_dir": str(tmp_path / "out")})
-    job = JobLauncher("sample", ["--config", str(file), *arguments], cluster, [], ROOT / "launch")
+    job = JobLauncher("sample", ["--config", str(file), *arguments], cluster, [])
     return job._work(29500)
 
 
@@ -54,9 +54,9 @@ def test_evaluations_use_every_gpu_of_every_node(tmp_path, engine, processes):
     arguments = ["--model.path", "Qwen/Qwen2.5-7B", "--benchmarks", "gsm8k", "--rollout.engine", engine]
     arguments += ["--placement.gpus_per_node", "8", "--placement.gpu_gib", "80"]
     with pytest.raises(UserError, match="output: name the file for the scores"):
-        JobLauncher("evaluate", arguments, TWO_NODES, [], ROOT / "launch")
+        JobLauncher("evaluate", arguments, TWO_NODES, [])
     output = str(tmp_path / "scores.json")
-    job = JobLauncher("evaluate", [*arguments, "--output", output], TWO_NODES, [], ROOT / "launch")
+    job = JobLauncher("evaluate", [*arguments, "--output", output], TWO_NODES, [])
     words = job._work(29500)
     run = parse(EvaluateRun, words[words.index(str(ROOT / "launch" / "evaluate.py")) + 1 :])
     assert run.shard == 64 and run.output == output and run.rollout.serve.replicas == (8 if processes == 1 else 1)
@@ -67,5 +67,5 @@ def test_a_training_that_asks_for_cpus_is_placed_on_them(tmp_path, small_grpo, m
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("r1dist.cluster.allocation.require_usable_gpu", lambda: None)
     file = write_yaml(tmp_path / "grpo.yaml", {**small_grpo, "use_cpu": True})
-    job = JobLauncher("grpo", ["--config", str(file)], HERE, [], ROOT / "launch")
+    job = JobLauncher("grpo", ["--config", str(file)], HERE, [])
     assert job.placement.machines.gpus == 0
