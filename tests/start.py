@@ -1,7 +1,7 @@
 """`start.py PYTHON SOCKET *words` stands in for `PYTHON *words`: it has the zygote fork a process that runs them.
 
 This one waits for it: it hands signals on, ends as it ends, and takes it with it if it is killed. What is neither a
-script nor a module that the tests start runs in a real Python.
+script, nor a module that the tests start, nor the fork server of the workers that verify, runs in a real Python.
 """
 
 import json
@@ -13,19 +13,28 @@ import sys
 MODULES = ("accelerate.commands.launch", "torch.distributed.run", "r1dist")
 
 
+FORK_SERVER = "from multiprocessing.forkserver import main;"
+
+
 def main(python: str, path: str, *words: str) -> None:
-    rest = list(words[1:] if words[:1] == ("-u",) else words)
-    if not (rest and (rest[0].endswith(".py") or (rest[0] == "-m" and rest[1] in MODULES))):
+    rest = list(words)
+    while rest[:1] in (["-u"], ["-B"]):
+        rest.pop(0)
+    known = {"-m": lambda: rest[1] in MODULES, "-c": lambda: rest[1].startswith(FORK_SERVER)}
+    if not (rest and (rest[0].endswith(".py") or known.get(rest[0], bool)())):
         os.execv(python, [python, *words])
+    listed = sorted(map(int, os.listdir("/proc/self/fd")))
+    files = [number for number in listed if os.path.exists(f"/proc/self/fd/{number}")]  # one was of the listing itself
     held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, held)  # until there is somebody to hand them on to
     server = socket.socket(socket.AF_UNIX)
     server.connect(path)
     alive, _ours = os.pipe()  # the other end is closed when this process ends, however it does
-    text = json.dumps([rest, dict(os.environ), os.getcwd()]).encode()
-    socket.send_fds(server, [b"%08x" % len(text)], [0, 1, 2, alive])
+    text = json.dumps([rest, dict(os.environ), os.getcwd(), files]).encode()
+    socket.send_fds(server, [b"%08x" % len(text)], [*files, alive])
     server.sendall(text)
-    os.close(alive)
+    for file in (alive, *files[3:]):
+        os.close(file)
     told = server.makefile()
     pid = int(told.readline())
     for number in held:

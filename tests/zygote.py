@@ -11,6 +11,7 @@ It is asked in two ways, until its standard input ends:
 import fcntl
 import gc
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -57,14 +58,15 @@ class Server:
                     os.setsid()
                     log = os.open(order["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
                     words = [str(ROOT / "launch" / order["run"]), *order["argv"]]
-                    program(words, os.environ | order["env"], str(ROOT), [os.open(os.devnull, os.O_RDONLY), log, log])
+                    files = [os.open(os.devnull, os.O_RDONLY), log, os.dup(log)]
+                    program(words, os.environ | order["env"], str(ROOT), [0, 1, 2], files)
                 print(json.dumps({"pid": pid}), flush=True)
 
     def start(self) -> None:
-        """What the stand-in asks for: JSON of its arguments, environment and folder, with its first three files and a
-        pipe that ends with it. It is told the process id, and how that process ended."""
+        """What the stand-in asks for: JSON of its arguments, environment, folder and files' numbers, with these files
+        and a pipe that ends with it. It is told the process id, and how that process ended."""
         asking, _ = self.listening.accept()
-        length, files, _, _ = socket.recv_fds(asking, 8, 4)
+        length, files, _, _ = socket.recv_fds(asking, 8, 64)
         text = b""
         while len(text) < int(length, 16):
             text += asking.recv(1 << 16)
@@ -72,6 +74,7 @@ class Server:
         if pid == 0:
             self.forked()
             asking.close()
+            files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]  # out of the way of the numbers
             alive = files.pop()
             fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
             fcntl.fcntl(alive, fcntl.F_SETSIG, signal.SIGKILL)  # killed, the stand-in takes us with it
@@ -105,16 +108,20 @@ class Server:
         self.selector.close()
         self.listening.close()
         sys.executable = self.stand_in
+        multiprocessing.set_executable(self.stand_in)
 
 
 def code(status: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def program(words: list[str], environment: dict[str, str], folder: str, files: list[int]) -> NoReturn:
-    """Run `python *words`."""
-    for target, source in enumerate(files):
-        os.dup2(source, target)
+def program(
+    words: list[str], environment: dict[str, str], folder: str, numbers: list[int], files: list[int]
+) -> NoReturn:
+    """Run `python *words` with `files` under `numbers`."""
+    for number, file in zip(numbers, files, strict=True):
+        os.dup2(file, number)
+        os.close(file)
     sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, range(3), "rww")
     os.environ.clear()
     os.environ.update(environment)
@@ -129,6 +136,9 @@ def program(words: list[str], environment: dict[str, str], folder: str, files: l
         if words[0] == "-m":
             sys.argv = words[1:]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = words[:1]
+            exec(words[1], {"__name__": "__main__"})
         else:
             sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
             runpy.run_path(words[0], run_name="__main__")
@@ -156,6 +166,8 @@ def main(stand_in: str, path: str) -> None:
     import r1dist.generation.vllm.start
     import r1dist.pipeline.runner
     import r1dist.reward_models.train
+    import r1dist.rewards.warm_accuracy
+    import r1dist.rewards.warm_language
     import r1dist.rl.train
     import r1dist.sampling.run
     import r1dist.sft.train  # noqa: F401

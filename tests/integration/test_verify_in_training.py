@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL_GRPO, launch, metrics, write_yaml
+from conftest import ROOT, SMALL_GRPO, launch, launched, metrics, write_yaml
 from small_runs import Launch
 
 PATIENCE = 300  # seconds; it ends a test that hangs
@@ -33,10 +33,10 @@ def test_workers_killed_at_random_change_no_reward(tmp_path, zygote):
     launch = Launch(zygote, "grpo.py", config, 1)
     killed = 0
     while not launch.ended():
-        # The trainer's child is the fork server, whose children are the workers. Any of them may end in between.
+        # What the trainer has started is the fork server, whose children are the workers. Any may end in between.
         # One that dies while it starts counts as a verifier that is down, which is waited for longer and longer.
         with contextlib.suppress(psutil.NoSuchProcess):
-            workers = [w for server in psutil.Process(launch.pids[0]).children() for w in server.children()]
+            workers = [w for server in launched() if server.pid not in launch.pids for w in server.children()]
             workers = [worker for worker in workers if time.time() - worker.create_time() > 0.5]
             for worker in random.sample(workers, min(1, len(workers))):
                 worker.kill()
