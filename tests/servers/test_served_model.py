@@ -48,13 +48,14 @@ def test_a_served_reward_model_scores_as_in_process(name, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The command of docs/judges.md.
+    # The command of docs/judges.md, and less memory than vLLM takes by itself where there is no GPU.
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--runner", "pooling"]
-    command += ["--dtype", "float32", "--max-model-len", "512", "--port", str(port), "--enforce-eager"]
+    command += ["--dtype", "float32", "--port", str(port), "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", str(2**28), "--gpu-memory-utilization", "0.1"]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not _healthy(port):
             assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()[-3000:]
             time.sleep(0.5)
@@ -64,7 +65,7 @@ def test_a_served_reward_model_scores_as_in_process(name, tmp_path):
         server.terminate()
         server.wait(30)
     assert len(set(expected)) > 20
-    assert served == pytest.approx(expected, abs=1e-3)
+    assert served == pytest.approx(expected, abs=1e-4)
 
 
 def _healthy(port: int) -> bool:
