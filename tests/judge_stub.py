@@ -1,6 +1,7 @@
 """A stand-in for an LLM server that judges, and for a vLLM server that holds a reward model: real HTTP, scripted."""
 
 import asyncio
+import re
 import threading
 import time
 from collections import Counter
@@ -15,7 +16,8 @@ Answer = tuple[int, str, dict]
 
 def by_length(question: str) -> str:
     """A reply with a score that depends on the question alone."""
-    return f"Let me see.\nScore: {len(question) % 11}"
+    lowest, highest = map(int, re.search(r"from (\d+) to (\d+)\.$", question).groups())
+    return f"Let me see.\nScore: {lowest + len(question) % (highest - lowest + 1)}"
 
 
 class JudgeStub:

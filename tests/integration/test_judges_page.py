@@ -39,6 +39,7 @@ def test_the_pages_example_runs_stops_at_an_outage_and_goes_on_with_the_same_sco
         stopped = launch("grpo.py", *words, *at)
         assert stopped.returncode == 3, stopped.stderr
         assert re.search(r"stopped: rewards\.judge\w*, row of prompt_id \d+: .*status 503", stopped.stderr)
+        assert "Step 1 is saved" in stopped.stderr
         assert json.loads((tmp_path / "run/ended.json").read_text())["code"] == 3
         before = {*stub.questions[: stub.most]}
     with JudgeStub() as stub:

@@ -59,7 +59,7 @@ def test_a_judge_is_shown_the_rubric_and_asked_once_for_each_question(stub, monk
     texts = [*TEXTS[:3], "is it {answer}?"]
     scores = rewards.score(IDS, 0, texts, ROWS)["judge"]
     assert len(stub.asked) == 3 and scores[0] == scores[1]
-    by_question = {question: len(question) % 11 / 20 for question in stub.questions}
+    by_question = {question: len(question) % 21 / 20 for question in stub.questions}
     assert sorted(set(by_question)) == sorted(
         f"Question: What is 3 + {n}?\nReference: {3 + n}\nReply: {text}\nSays at last: {last}\n\n"
         "End your reply with the line `Score: N`, where N is a number from 0 to 20."
