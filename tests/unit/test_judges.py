@@ -6,6 +6,7 @@ from email.utils import formatdate
 
 import pytest
 from conftest import write_yaml
+from datasets import Dataset
 from judge_stub import JudgeStub
 
 from r1dist.config import GRPORun, Reward
@@ -266,6 +267,14 @@ def test_columns_of_the_data_may_be_shown(small_grpo, tmp_path):
         "rewards": {"judge": {**BASE, "rubric": "{completion}{level}"}},
     }
     check_rewards(build(GRPORun, tree, "run.yaml"))
+
+
+def test_rows_of_each_source_must_have_the_columns_that_the_rubric_shows(stub):
+    rows = [{**ROWS[0], "source": "with.jsonl"}, {**ROWS[0], "source": "without.jsonl", "columns": None}]
+    reward = judge(stub, "{completion} {level}")
+    Rewards({"judge": reward}, None, Dataset.from_list(rows[:1]))
+    with pytest.raises(UserError, match=r"rewards.judge: it takes `level`, which rows of without.jsonl do not have"):
+        Rewards({"judge": reward}, None, Dataset.from_list(rows))
 
 
 def test_a_resume_may_have_another_address_and_no_other_rubric(small_grpo, tmp_path):
