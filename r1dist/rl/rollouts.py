@@ -68,8 +68,8 @@ class RolloutPipeline:
     def next_batch(self, number: int) -> RolloutBatch:
         """Generation `number`, scored. A collective.
 
-        Raises on every rank `RolloutsLost` if one gets no rollouts, `VerifiersBroken` if one cannot verify,
-        `RewardFailed` if a function of the user's fails on one.
+        Raises on every rank `RolloutsLost` if one gets no rollouts, `VerifiersBroken` if one cannot verify or a server
+        that scores is down, `RewardFailed` if a function of the user's fails on one.
         """
         batch = self._score(self.source.take(number))
         if self.dynamic_sampling:
