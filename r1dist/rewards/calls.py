@@ -29,7 +29,7 @@ TWICE = 4
 """Calls of a generation that are made twice of a function that says that it is deterministic."""
 SAME_AGAIN = 2
 """Times at most that a reply without a score is asked for again: a judge at temperature 0 mostly repeats itself."""
-LONGEST_WAIT = 300.0
+LONGEST_WAIT = 120.0
 """Seconds that a server may ask to be left alone before it is asked again."""
 
 

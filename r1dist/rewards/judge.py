@@ -85,7 +85,7 @@ class Judge(ServerReward):
             return (float(found[-1]) - self.lowest) / (self.highest - self.lowest)
         bounds = f"from {self.lowest:g} to {self.highest:g}"
         why = f", cut off at `max_tokens` {self.settings['max_tokens']}" if cut else ""
-        raise NoScore(f"no `Score: N` {bounds} in the reply{why}: {shortened(reply) or 'nothing'!r}")
+        raise NoScore(f"no `Score: N` {bounds} in the reply{why}: {shortened(reply)!r}")
 
 
 class JudgeScorer:
