@@ -10,8 +10,8 @@ from r1dist.rewards.registry import BUILT_IN, MODELS
 TOKENS = 32_768
 CHARACTERS = 4 * TOKENS
 FIELDS = {"cosine": {"max_tokens": TOKENS}, "overlong": {"max_tokens": TOKENS, "cache_tokens": 1}}
-NAMES = [name for name in BUILT_IN if name not in MODELS]
-"""Rewards that run no model."""
+NAMES = [name for name in BUILT_IN if name not in MODELS and name != "judge"]
+"""Rewards that run or ask no model."""
 PIECES = (
     *("a", "a b ", "1", "1. ", "\n", " ", "<", "é", "中", "语言 mixed ", "🙂", "\u0301", "\x00"),
     *("\\( ", "\\[ ", "$ ", "$a\n", "$$", "`", "`a\n", "```\n", "```python\n", "\\a", "{", "a'", "\\boxed{"),

@@ -22,6 +22,7 @@ STOP = "stop"  # put there, it asks the run to save and stop, as a signal does
 REFERENCE = "reference.safetensors"  # the reference model, once it was reset
 EVALUATIONS = "evaluations"  # folder: what evaluations during training were answered, a file for each benchmark
 TRACES = "traces"  # folder: a line for each rollout, one file for each rank
+JUDGEMENTS = "judgements"  # folder: what judges said of completions, one file for each judge and rank
 LOGS, SERVERS = "logs", "servers"  # folders that may be there before the run begins
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")
 OPTIONAL_PACKAGES = {"reasoning_gym": "reasoning-gym"}  # module -> distribution

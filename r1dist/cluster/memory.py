@@ -22,7 +22,7 @@ from ..generation.vllm.start import plan_servers
 from ..generation.weight_sync.source import BUCKET_BYTES
 from ..models import attention, load_model_config, mixed_precision
 from ..rewards.model import SCORED_TOKENS
-from ..rewards.registry import MODELS
+from ..rewards.registry import MODELS, asks_server
 from .shapes import model_shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -172,7 +172,8 @@ def training_memory(
 def reward_models(run: GRPORun | SFTRun | RewardModelRun, config: PretrainedConfig, mixed: bool) -> dict[str, int]:
     """Bytes of the reward models, which each rank holds whole. One that is not there yet has the policy's shape."""
     rewards = run.rewards if isinstance(run, GRPORun) else {}
-    folders = [rewards[name].parameters["model"] for name in MODELS if name in rewards]
+    held = [rewards[name] for name in MODELS if name in rewards and not asks_server(name, rewards[name])]
+    folders = [reward.parameters["model"] for reward in held]
     shapes = [load_model_config(Model(path=f)) if Path(f).is_dir() else config for f in folders]
     if not shapes:
         return {}

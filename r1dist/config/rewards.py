@@ -25,18 +25,25 @@ class Reward:
     isolated: MayChange[bool] = True
     """Of your own function: whether it runs in the worker processes, within the limits of `verify`. False: in the
     trainer's process, for one that asks a remote model."""
+    deterministic: MayChange[bool] = False
+    """Of your own function: it is asked twice for some completions of each generation, and must give the same
+    scores."""
     concurrency: MayChange[PositiveInt | None] = None
-    """`isolated: false`: calls at a time, of each training process. Unset: 8."""
+    """`isolated: false`, judges, served models: calls at a time, of each training process. Unset: 8."""
+    requests_per_minute: MayChange[PositiveFloat | None] = None
+    """The same: most calls in a minute, of all training processes together. Unset: any number."""
     retries: MayChange[NonNegativeInt | None] = None
-    """`isolated: false`: times that a call that failed is made again. Unset: 2."""
+    """The same: times that a call that failed is made again. Unset: 2; of judges and served models 6."""
     deadline: MayChange[PositiveFloat | None] = None
-    """`isolated: false`: seconds that a call may take each time. Unset: 60."""
+    """The same: seconds that a call may take each time. Unset: 60."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What its function takes. In the YAML these fields stand beside the others."""
 
 
-IN_TRAINER = ("concurrency", "retries", "deadline")
-"""Fields of `isolated: false`."""
+IN_TRAINER = ("concurrency", "requests_per_minute", "retries", "deadline")
+"""Fields of `isolated: false`, and of rewards that ask a server."""
+OF_SERVER = ("url", "api_key_env")
+"""Parameters of our own rewards that ask a server: where it is may change on resume."""
 OF_ALL = tuple(field.name for field in dataclasses.fields(Reward) if field.name != "parameters")
 """Fields that every reward has."""
 

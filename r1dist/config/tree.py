@@ -11,6 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from .resumable import MAY_CHANGE
+from .rewards import OF_SERVER
 from .trl_fields import MAY_CHANGE as TRL_MAY_CHANGE
 from .trl_fields import TRL_CLASS, validated_types
 
@@ -94,6 +95,8 @@ def may_change(run_class: type, name: str) -> bool:
     first, *rest = parts_of(name)
     if first not in typing.get_type_hints(run_class):
         return first in TRL_MAY_CHANGE
+    if first == "rewards" and len(rest) == 2 and ":" not in rest[0] and rest[1] in OF_SERVER:
+        return True
     hint: Any = run_class
     for part in (first, *rest):
         hint = child(hint, part)

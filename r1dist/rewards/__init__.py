@@ -4,21 +4,25 @@ A score is None where a row has none: its gold answer does not parse, it is of a
 holds nothing to measure. TRL leaves such a score out of the row's sum.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, as_completed
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Source
 from ..config.gym import has_tasks
 from ..config.rewards import Reward
 from ..errors import VerifiersBroken
+from ..files import JUDGEMENTS
+from .calls import CallScorer, check_columns
 from .code.sandbox import require_sandbox
 from .golds import GRADED, check_golds_of
+from .judge import JudgeScorer
 from .own import is_own
-from .own_calls import OwnScorer, check_columns
 from .pool import Pool
-from .registry import MODELS, ONE_BY_ONE, VERIFIERS, own_reward, parameters, settle
+from .registry import JUDGE, MODELS, ONE_BY_ONE, VERIFIERS, asks_server, judge_of, own_reward, parameters, settle
 
 if TYPE_CHECKING:  # nothing for a pool's workers to import
     from datasets import Dataset
@@ -61,22 +65,31 @@ class Rewards:
     ):
         settle(rewards)
         self.own = {own_reward(key).name: own_reward(key) for key in rewards if is_own(key)}
+        self.judges = {name: judge_of(name, rewards[name]) for name in filter(JUDGE.fullmatch, rewards)}
+        called = {name for name, reward in rewards.items() if asks_server(name, reward)}
         rewards = {own_reward(key).name if is_own(key) else key: reward for key, reward in rewards.items()}
         if dataset is not None:
             check_golds_of(rewards, dataset, pool)
-            for name, own in self.own.items():
-                check_columns(own, rewards[name], dataset)
+            for name, function in (self.own | self.judges).items():
+                check_columns(function, rewards[name], dataset)
         if "code" in rewards:
             require_sandbox()
         self.rewards = rewards
         self.pool = pool
+        self.called = self.own.keys() | called
+        """Rewards that are called for a whole generation, and waited for."""
         self._pending: dict[tuple[tuple, str], Future] = {}
         self.scorers = {
             name: _for_kinds(
-                self._own_scorer(name) if name in self.own else _scorer(name, reward, pool, dtype), reward
+                self._caller(name, dtype) if name in self.called else _scorer(name, reward, pool, dtype), reward
             )
             for name, reward in rewards.items()
         }
+
+    def remember_in(self, folder: Path, rank: int) -> None:
+        """Keep what judges say in a run's folder, and take up what is there. Every rank calls it before one scores."""
+        for name, judge in self.judges.items():
+            judge.judgements.open(folder / JUDGEMENTS, name, rank)
 
     def begin(self, rollout_id: tuple, step: int, text: str, row: dict) -> None:
         """Let the verification of a completion start, before `score` asks for it."""
@@ -106,23 +119,28 @@ class Rewards:
             rollout_ids: Names of the rollouts, as `begin` was given them.
             step: The optimizer step; rewards with a later `from_step` score nothing.
             rows: The dataset's rows with `tokens`, `group_tokens` and, for functions of the user's, `completion_ids`.
-            heartbeat: Called for each call of these functions that ends.
+            heartbeat: Called for each call of these functions, and of a server, that ends.
 
-        Raises what the verifiers raised, and `RewardFailed`.
+        Raises what the verifiers raised, `RewardFailed`, and `VerifiersBroken` where a server is down.
         """
         due = [name for name, reward in self.rewards.items() if step >= reward.from_step]
-        scores = {name: self.scorers[name](texts, rows, heartbeat) for name in due if name in self.own}
+        scores = {name: self.scorers[name](texts, rows, heartbeat) for name in due if name in self.called}
         rows = [
             {**row, VERIFIED: {verifier: self._result(rollout_id, verifier, text, row)
                                for verifier in self._due(step, row)}}
             for rollout_id, text, row in zip(rollout_ids, texts, rows, strict=True)
         ]  # fmt: skip
-        scores |= {name: self.scorers[name](texts, rows) for name in due if name not in self.own}
+        scores |= {name: self.scorers[name](texts, rows) for name in due if name not in self.called}
         return {name: scores.get(name, [None] * len(rows)) for name in self.rewards}
 
-    def _own_scorer(self, name: str) -> OwnScorer:
-        own, reward = self.own[name], self.rewards[name]
-        return OwnScorer(own, reward, parameters(own.key, reward), self.pool)
+    def _caller(self, name: str, dtype: str) -> Callable:
+        reward = self.rewards[name]
+        if name in self.own:
+            return CallScorer(self.own[name], reward, parameters(self.own[name].key, reward), self.pool)
+        reward_in_trainer = dataclasses.replace(reward, isolated=False)
+        if name in self.judges:
+            return JudgeScorer(self.judges[name], reward_in_trainer, self.pool)
+        return CallScorer(MODELS[name](name, dtype, **parameters(name, reward)), reward_in_trainer, {}, self.pool)
 
     def _result(self, rollout_id: tuple, verifier: str, text: str, row: dict) -> float | None:
         future = self._pending.pop((rollout_id, verifier), None) or self._submit(verifier, text, row)

@@ -68,8 +68,8 @@ class RolloutPipeline:
     def next_batch(self, number: int) -> RolloutBatch:
         """Generation `number`, scored. A collective.
 
-        Raises on every rank `RolloutsLost` if one gets no rollouts, `VerifiersBroken` if one cannot verify,
-        `RewardFailed` if a function of the user's fails on one.
+        Raises on every rank `RolloutsLost` if one gets no rollouts, `VerifiersBroken` if one cannot verify or a server
+        that scores is down, `RewardFailed` if a function of the user's fails on one.
         """
         batch = self._score(self.source.take(number))
         if self.dynamic_sampling:
@@ -145,23 +145,25 @@ class RolloutPipeline:
 
     def _scores(
         self, ids: list[RolloutId], step: int, texts: list[str], rows: list[dict]
-    ) -> tuple[dict[str, list[float | None]], str | None]:
+    ) -> tuple[dict[str, list[float | None]], RewardFailed | VerifiersBroken | None]:
         """This rank's scores, or why there are none: the other ranks must hear of it before one stops."""
         try:
             return self.rewards.score(ids, step, texts, rows, self.heartbeat), None
         except (RewardFailed, VerifiersBroken) as error:
-            return {}, str(error)
+            return {}, error
 
-    def _advantages(self, scores: dict[str, list[float | None]], failed: str | None) -> torch.Tensor:
+    def _advantages(
+        self, scores: dict[str, list[float | None]], failed: RewardFailed | VerifiersBroken | None
+    ) -> torch.Tensor:
         """This rank's advantages [B], from all ranks' rewards, since a group may lie on two ranks. A collective.
 
-        Raises `RewardFailed` on every rank if scoring has `failed` on one.
+        Raises what scoring has `failed` with on one rank on every rank.
         """
         local = [[float("nan") if x is None else x for x in row] for row in zip(*scores.values(), strict=True)]
         parts = gather_object([(failed, local)])
         for why, _ in parts:
             if why is not None:
-                raise RewardFailed(why)
+                raise why
         rewards = torch.tensor([row for _, part in parts for row in part], dtype=torch.float32)
         weights = torch.tensor([self.rewards.rewards[name].weight for name in scores], dtype=torch.float32)
         scale, aggregation = self.config.scale_rewards, self.config.multi_objective_aggregation

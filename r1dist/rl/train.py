@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import trl
@@ -67,6 +68,7 @@ def _train(run: GRPORun, pool: Pool) -> None:
     prompts = [*dataset["prompt_ids"], *(evaluation.longest if evaluation else [])]
     servers = training_servers(run, dtype, template, prompts, arguments.process_index)
     with run_folder(run, "grpo", contaminated, source_digests(run.rewards)) as checkpoint, servers:
+        rewards.remember_in(Path(arguments.output_dir), arguments.process_index)
         trainer = build_trainer(run, arguments, template, dataset, rewards, evaluation)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -65,6 +65,15 @@ async def served(completion, row):
 def hangs(completion, row):
     time.sleep(60)
 
+counted = []
+def counts(completion, row, *, places: int = 0):
+    counted.append(1)
+    return round(len(counted) + os.getpid() / 2**30, places) if completion == "moody" else 0.5
+
+def moody_group(completions, rows):
+    counted.append(1)
+    return [0.0] * (len(rows) - 1) + [float(len(counted))]
+
 def needs(completion, row, model: str):
     return 0.0
 
@@ -183,6 +192,28 @@ def test_what_hangs_or_dies_is_unscored_and_a_function_that_always_does_fails(ow
         assert ours.score(IDS[:2], 0, ["hang"] * 2, ROWS[:2])["obey"] == [None, None]
         with pytest.raises(RewardFailed, match=r"obey: 2 of 2 calls went beyond"):
             ours.score(IDS[:2], 0, ["hang"] * 2, ROWS[:2])
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_function_that_is_not_deterministic_though_it_says_so_is_refused(own, isolated):
+    given = {"isolated": isolated, "deterministic": True}
+    assert scored({own("counts"): Reward(**given)}, ["fine"] * 4)["counts"] == [0.5] * 4
+    assert scored({own("obey"): Reward(**given)}, ["fine"] * 4)["obey"] == [1.0] * 4
+    exactly = Reward(**given, parameters={"places": 12})
+    said = r"`deterministic: true`, and gave the same completion \d+\.\d+ and \d+\.\d+\."
+    with pytest.raises(RewardFailed, match="counts, row of prompt_id 1: it says " + said):
+        scored({own("counts"): exactly}, ["fine", "fine", "moody", "fine"])
+    with pytest.raises(RewardFailed, match=r"moody_group, row of prompt_id \d: it says " + said):
+        scored({own("moody_group"): Reward(**given)}, ["fine"] * 4)
+    assert scored({own("moody_group"): Reward(isolated=isolated)}, ["fine"] * 4)["moody_group"][0] == 0.0
+
+
+def test_of_many_calls_some_are_made_twice(own):
+    rewards = Rewards({own("served"): Reward(isolated=False, deterministic=True, concurrency=100)}, None)
+    globals_ = rewards.own["served"].function.__globals__
+    rows = [{**ROWS[0], "prompt_id": n} for n in range(50)]
+    assert rewards.score([(0, n, 0) for n in range(50)], 0, ["x"] * 50, rows)["served"] == [1.0] * 50
+    assert len(globals_["most"]) == 50 + 4
 
 
 def test_in_the_trainer_calls_are_tried_again_bounded_and_abandoned_at_a_deadline(own):

@@ -170,7 +170,7 @@ def test_no_reward_costs_the_trainers_thread_much_whatever_the_text(monkeypatch)
 
 
 def test_every_name_has_its_function_and_no_trainer_is_imported():
-    assert BUILT_IN.keys() == {*ONE_BY_ONE, *VERIFIERS, "helpfulness", "safety"}
+    assert BUILT_IN.keys() == {*ONE_BY_ONE, *VERIFIERS, "helpfulness", "safety", "judge"}
     code = "import sys, r1dist.rewards; print([m for m in sys.modules if m.startswith('trl.trainer')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

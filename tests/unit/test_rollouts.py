@@ -11,7 +11,7 @@ from r1dist.config import GRPORun, Reward
 from r1dist.config.loader import build
 from r1dist.data.order import PromptOrder
 from r1dist.data.templates import Template
-from r1dist.errors import RewardFailed, UserError
+from r1dist.errors import RewardFailed, UserError, VerifiersBroken
 from r1dist.generation.engine import Rollout
 from r1dist.rewards import Rewards
 from r1dist.rl.prompts import Prompts
@@ -212,11 +212,12 @@ def test_groups_that_lie_on_two_processes_are_refused(small_grpo):
         build(GRPORun, tree, "test", processes=8)
 
 
-def test_a_reward_that_fails_on_another_rank_stops_this_one(template, pool, monkeypatch):
+@pytest.mark.parametrize("failure", [RewardFailed, VerifiersBroken])
+def test_a_reward_that_fails_on_another_rank_stops_this_one(failure, template, pool, monkeypatch):
     pipeline, *_ = pipeline_of(template, Scored(pool))
-    elsewhere = ("rewards.own.py:f failed", [])
+    elsewhere = (failure("rewards.own.py:f failed"), [])
     monkeypatch.setattr(
         "r1dist.rl.rollouts.gather_object", lambda part: [*part, *([elsewhere] if type(part[0]) is tuple else [])]
     )
-    with pytest.raises(RewardFailed, match=r"own.py:f failed"):
+    with pytest.raises(failure, match=r"own.py:f failed"):
         pipeline.next_batch(0)
