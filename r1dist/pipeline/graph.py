@@ -13,6 +13,7 @@ from ..config import EvaluateRun, GRPORun, RewardModelRun, SampleRun, SFTRun
 from ..config.engines import VLLM_MISSING, vllm_installed
 from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
+from ..config.trackers import missing_tracker
 from ..errors import UserError
 from ..files import samples_folder
 from ..rewards.registry import check_rewards
@@ -252,6 +253,12 @@ def missing_vllm(steps: Iterable[Step]) -> str | None:
     if not names or vllm_installed():
         return None
     return f"{', '.join(names)}: `rollout.engine` is `vllm`, but {VLLM_MISSING} Or set `--engine transformers`."
+
+
+def missing_trackers(steps: Iterable[Step]) -> str | None:
+    """What to tell if a tracker that some of `steps` report to is not installed."""
+    missing = {step.name: missing_tracker(step.config) for step in steps if step.trains}
+    return next((f"{name}: {why}" for name, why in missing.items() if why is not None), None)
 
 
 def _closure(start: str, following: dict[str, set[str]]) -> set[str]:
