@@ -246,8 +246,13 @@ def _processes(accelerate: Path) -> int:
     return 1 if config.get("distributed_type", "NO") == "NO" else config["num_processes"]
 
 
-def missing_vllm(steps: Iterable[Step]) -> str | None:
-    """What to tell if some of `steps` start vLLM servers, and vLLM is not installed."""
+def missing_packages(steps: Iterable[Step]) -> str | None:
+    """What to tell if a package is not installed that some of `steps` need."""
+    steps = list(steps)
+    return _missing_vllm(steps) or _missing_tracker(steps)
+
+
+def _missing_vllm(steps: Iterable[Step]) -> str | None:
     rollouts = {step.name: step.config.get("rollout") for step in steps}
     names = [name for name, r in rollouts.items() if r and (r["engine"], r["servers"]) == ("vllm", "managed")]
     if not names or vllm_installed():
@@ -255,8 +260,7 @@ def missing_vllm(steps: Iterable[Step]) -> str | None:
     return f"{', '.join(names)}: `rollout.engine` is `vllm`, but {VLLM_MISSING} Or set `--engine transformers`."
 
 
-def missing_trackers(steps: Iterable[Step]) -> str | None:
-    """What to tell if a tracker that some of `steps` report to is not installed."""
+def _missing_tracker(steps: Iterable[Step]) -> str | None:
     missing = {step.name: missing_tracker(step.config) for step in steps if step.trains}
     return next((f"{name}: {why}" for name, why in missing.items() if why is not None), None)
 

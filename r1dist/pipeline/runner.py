@@ -21,7 +21,7 @@ from ..publish.account import require_account
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
 from .cards import write_cards
 from .goals import judge
-from .graph import EVALUATION, Graph, Step, missing_trackers, missing_vllm
+from .graph import EVALUATION, Graph, Step, missing_packages
 from .manifest import Manifest, digest, inputs_of, settings_of
 from .page import write_page
 from .table import goals_list, stage_table
@@ -55,7 +55,7 @@ class Runner:
             if decision.act != "skip":
                 changing.add(step.name)
             lines += [f"[{step.name}] {decision.act}: {decision.reason}", f"  {shlex.join(step.command)}"]
-        if missing := self._missing():
+        if missing := missing_packages(self._unfinished()):
             lines.append(f"It would be refused: {missing}")
         return "\n".join(lines)
 
@@ -65,7 +65,7 @@ class Runner:
         Raises `StageFailed`, or `UserError` if another runner is at work in the folder, a package is missing, or a
         stage is to be uploaded and the hub refuses the token.
         """
-        if missing := self._missing():
+        if missing := missing_packages(self._unfinished()):
             raise UserError(missing)
         if any(step.config.get("push_to_hub") for step in self._unfinished()):
             require_account()
@@ -86,11 +86,6 @@ class Runner:
             trained = [step for step in self.graph.steps.values() if step.trains and self._is_finished(step.name)]
             write_cards(self.graph, trained, summary)
             return summary
-
-    def _missing(self) -> str | None:
-        """What to tell if a package is missing that a step needs."""
-        steps = self._unfinished()
-        return missing_vllm(steps) or missing_trackers(steps)
 
     def _unfinished(self) -> list[Step]:
         steps = self.manifest.steps
