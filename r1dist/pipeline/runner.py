@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from ..config.trackers import PACKAGES
 from ..config.tree import differences
 from ..errors import Interrupted, StageFailed, UserError
 from ..files import CHECKSUMS, lock_run_dir, versions, write_json
@@ -25,6 +26,9 @@ from .graph import EVALUATION, Graph, Step, missing_packages
 from .manifest import Manifest, digest, inputs_of, settings_of
 from .page import write_page
 from .table import goals_list, stage_table
+
+SHOWN = ("step ", "hub: ", *(f"{tracker}: " for tracker in PACKAGES))
+"""How the lines of a stage begin that are for the terminal, besides its log."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ class Runner:
             with handing_on(step.name, process, step.folder if step.trains else None) as asked:
                 for line in process.stdout:
                     file.write(line)
-                    if line.startswith("step "):
+                    if line.startswith(SHOWN):
                         print(f"  {line}", end="", flush=True)
                 return process.wait(), bool(asked)
 

@@ -58,7 +58,9 @@ class TrackerLinks(TrainerCallback):
 def _wandb_place(trainer: Trainer) -> str:
     import wandb
 
-    return wandb.run.url or f"wandb sync {Path(wandb.run.dir).parent}"
+    if wandb.run.disabled:
+        return "disabled (WANDB_MODE)"
+    return wandb.run.url or f"wandb sync {shlex.quote(str(Path(wandb.run.dir).parent))}"
 
 
 def _tensorboard_place(trainer: Trainer) -> str:
@@ -71,7 +73,8 @@ def _trackio_place(trainer: Trainer) -> str:
     import trackio
 
     space = trackio.context_vars.current_space_id.get()
-    return f"https://huggingface.co/spaces/{space}" if space else f"trackio show --project {trainer.args.project}"
+    here = f"trackio show --project {shlex.quote(trainer.args.project)}"
+    return f"https://huggingface.co/spaces/{space}" if space else here
 
 
 def _mlflow_place(trainer: Trainer) -> str:
@@ -80,7 +83,7 @@ def _mlflow_place(trainer: Trainer) -> str:
     store, run = mlflow.get_tracking_uri(), mlflow.active_run().info
     if store.startswith("http"):
         return f"{store}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-    return f"run {run.run_id}; mlflow ui --backend-store-uri {store}"
+    return f"run {run.run_id}; mlflow ui --backend-store-uri {shlex.quote(store)}"
 
 
 PLACES: dict[str, Callable[[Trainer], str]] = {
