@@ -62,6 +62,8 @@ class StubHub:
         if found := re.fullmatch(r"/api/(models|datasets)/([\w.-]+(?:/[\w.-]+)?)", path):
             card = self.cards.get((found[1], found[2]))
             return (200, {"id": found[2], "cardData": card}) if card is not None else (404, {"error": "not found"})
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
         if token not in ACCOUNTS:
             return 401, {"error": "Invalid credentials in Authorization header"}
         account, role = ACCOUNTS[token]

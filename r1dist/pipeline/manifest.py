@@ -76,4 +76,5 @@ def _is_path(field: str, value: Any) -> bool:
 
 def _settings(step: Step) -> dict[str, Any]:
     fields = flat(step.config).items()
-    return {field: value for field, value in fields if field not in INDIFFERENT and not field.startswith("placement.")}
+    without = ("placement.", "report_to.")  # the latter's entries
+    return {field: value for field, value in fields if field not in INDIFFERENT and not field.startswith(without)}

@@ -88,7 +88,7 @@ def model_card(
         base_model=base_id,
         datasets=[source["path"] for source in _sources(config) if _is_hub_id(source["path"])] or None,
         library_name="peft" if keeps_adapters(config) else "transformers",
-        license=None if licence == NOT_KNOWN else licence,
+        license=licence if licence != NOT_KNOWN and "," not in licence else None,  # the hub takes one
         pipeline_tag="text-classification" if launcher == "reward_model" else "text-generation",
         tags=["r1dist", "trl", *tags],
     )

@@ -60,7 +60,7 @@ def _wandb_place(trainer: Trainer) -> str:
 
     if wandb.run.disabled:
         return "disabled (WANDB_MODE)"
-    return wandb.run.url or f"wandb sync {shlex.quote(str(Path(wandb.run.dir).parent))}"
+    return f"wandb sync {shlex.quote(str(Path(wandb.run.dir).parent))}" if wandb.run.offline else wandb.run.url
 
 
 def _tensorboard_place(trainer: Trainer) -> str:

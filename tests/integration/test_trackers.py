@@ -4,8 +4,10 @@ import json
 import os
 import re
 import sqlite3
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -54,7 +56,7 @@ def test_the_pages_example_runs(tmp_path):
     done = launch("grpo.py", "--config", config, "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     [folder] = (tmp_path / "run" / "runs").iterdir()
-    assert f"\ntensorboard: tensorboard --logdir {folder}\n" in done.stdout
+    assert f"tensorboard: tensorboard --logdir {folder}\n" in done.stdout
     shown = scalars(folder)
     for key, value in logged(tmp_path).items():
         assert shown[key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
@@ -83,27 +85,38 @@ def test_a_name_that_is_unknown_ends_a_launcher_with_the_nearest(tmp_path):
     assert done.returncode == 2 and "did you mean `tensorboard`?" in done.stderr
 
 
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """What a `.wandb` file holds: LevelDB's log format behind a header of 7 bytes."""
+    place, data = 7, b""
+    while place + 7 <= len(content):
+        if (rest := -place % 32768) < 7 and rest:
+            place += rest
+            continue
+        length, kind = struct.unpack_from("<xxxxHB", content, place)
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield data
+            data = b""
+
+
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb", reason="pip install wandb")
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     shown = tracked(tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
     folder = re.fullmatch(r"wandb sync (.*)", shown)[1]
     [path] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     assert folder == str(path.parent)
-    store, found, step = DataStore(), {}, 0
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
+    found, step = {}, 0
+    for record in map(Record.FromString, wandb_records(path.read_bytes())):
         items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
         step = items.get("train/global_step", step)
         found |= {(name, step): value for name, value in items.items()}
     for key, value in logged(tmp_path).items():
         assert found[key] == pytest.approx(value), key
     tables = sorted(path.parent.glob("files/media/table/completions_*.table.json"))
-    assert len(tables) == 2
+    assert len(tables) >= 2  # TRL logs the last one again, when training ends
     content = json.loads(tables[-1].read_text())
     assert {"step", "prompt", "completion", "accuracy", "format", "advantage"} <= set(content["columns"])
     assert len(content["data"]) == 16

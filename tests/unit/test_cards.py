@@ -1,5 +1,6 @@
 """A pipeline's cards have its table of stages; those on the hub are replaced where they have changed."""
 
+import importlib.util
 import json
 
 import pytest
@@ -100,7 +101,8 @@ def test_a_wrong_token_ends_the_pipeline_before_its_first_stage(tmp_path, hub, m
 
 def test_a_missing_tracker_ends_it_there_too(tmp_path, monkeypatch):
     plan = graph(tmp_path, report_to=["mlflow"])
-    monkeypatch.setattr("r1dist.config.trackers.importlib.util.find_spec", lambda name: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "mlflow" else found(name, *a))
     with pytest.raises(UserError, match=r"^rl: `report_to`: mlflow is not installed .*\n`pip install mlflow`"):
         Runner(plan).run()
     assert "It would be refused: rl: `report_to`" in Runner(plan).plan() and not (tmp_path / "x").exists()
