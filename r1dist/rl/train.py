@@ -78,6 +78,7 @@ def _train(run: GRPORun, pool: Pool) -> None:
                 raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
             finally:
                 trainer.close()
+            stop_at(trainer.accelerator.unwrap_model(trainer.model), template.stop_ids)
             save_trained(trainer, run.model)
         # If one rank ends before another, their process group still open, some abort.
         trainer.accelerator.end_training()
@@ -124,6 +125,5 @@ def build_trainer(
         else None,  # transformers asks for one; `evaluation` has its own
         peft_config=lora_config(run.model.lora),
     )
-    stop_at(trainer.accelerator.unwrap_model(trainer.model), template.stop_ids)
     show_progress(trainer, COLUMNS)
     return trainer

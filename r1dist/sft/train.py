@@ -99,13 +99,13 @@ def _train(run: SFTRun, pool: Pool | None) -> None:
             peft_config=lora_config(run.model.lora),
             stall_timeout=run.train.stall_timeout,
         )
-        stop_at(trainer.accelerator.unwrap_model(trainer.model), template.stop_ids)
         show_progress(trainer, COLUMNS)
         publication = Publication(run, trainer, repository)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except VerifiersBroken as error:
             raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
+        stop_at(trainer.accelerator.unwrap_model(trainer.model), template.stop_ids)
         save_trained(trainer, run.model)
         trainer.accelerator.end_training()  # as in grpo.py
         publication.finish()
