@@ -28,8 +28,8 @@ STAGES = {
 }
 """Launcher -> its configuration's class, what it does, and tags."""
 ARGUMENTS = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "steps_per_generation", "num_generations", "num_iterations",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations", "num_iterations",
     "max_completion_length", "max_length", "packing", "temperature", "loss_type", "beta", "epsilon", "epsilon_high",
     "scale_rewards", "weight_decay", "max_grad_norm", "bf16", "fp16", "seed",
 )  # fmt: skip
@@ -65,7 +65,7 @@ def model_card(
     base, base_id = _base(config)
     parts = [
         f"# {repository.rpartition('/')[2] if repository else folder.name}",
-        f"{base}, after {stage} by r1dist: {last} optimizer steps."
+        f"{base[0].upper()}{base[1:]}, after {stage} by r1dist: {last} optimizer steps."
         + ("" if step is None else " Training goes on; these are the weights of a checkpoint."),
         "This card was written from the record of the run. Intended use, limits and safety are for the author to add.",
         "## Training",
@@ -122,12 +122,11 @@ def _training(record: dict, trl_class: str) -> str:
     config, known = record["config"], field_types(trl_class)
     rows = [("base model", f"{_base(config)[0]} (licence: {model_licence(config['model']['path'])})")]
     rows += [("processes", str(record["processes"]))] if "processes" in record else []
+    decides_nothing = "num_train_epochs" if config.get("max_steps", -1) > 0 else "max_steps"
     for name in ARGUMENTS:
         value = config.get(name, known[name][1] if name in known else None)
-        if value is not None and value is not ...:
+        if not (value is None or value is ... or value is False or name == decides_nothing):
             rows.append((f"`{name}`", str(value)))
-    if (steps := config.get("max_steps", -1)) > 0:
-        rows.append(("`max_steps`", str(steps)))
     if lora := config["model"].get("lora"):
         rows.append(("LoRA", f"r {lora['r']}, alpha {lora['alpha']}, on {lora['targets']}; saved: {lora['save']}"))
     for name, reward in config.get("rewards", {}).items():
@@ -219,8 +218,9 @@ def _reproduce(record: dict) -> str:
     script = f"launch/{record['launcher']}.py"
     processes = record.get("processes", 1)
     launcher = f"accelerate launch --num_processes {processes}" if processes > 1 else "python"
+    several = ", by an Accelerate configuration for your machine" if processes > 1 else ""
     return (
-        f"With the versions below, and the files that the configuration names:\n\n"
+        f"With the versions below and the files that the configuration names{several}:\n\n"
         f"```\n{launcher} {script} --config run.yaml --output_dir runs/again\n```\n\n"
         f"<details><summary>run.yaml</summary>\n\n"
         f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}```\n\n</details>"
@@ -228,10 +228,11 @@ def _reproduce(record: dict) -> str:
 
 
 def _without_secrets(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, dict):  # what a source leaves unset is no part of it
+        inner = {key: one for key, one in value.items() if not (name == "sources" and one is None)}
+        return {key: _without_secrets(one, str(key)) for key, one in inner.items()}
     if isinstance(value, list):
-        return [_without_secrets(inner, name) for inner in value]
+        return [_without_secrets(one, name) for one in value]
     return "(not shown)" if isinstance(value, str) and SECRET.search(name) else value
 
 

@@ -205,6 +205,8 @@ def test_the_card_of_an_rl_run(tmp_path, hub):
         "| org/missing | split train | all | not known |",
         "| tiny | split train | 8 | mit |",
         "| `beta` | 0.02 |",
+        "| `weight_decay` | 0.0 |",
+        "| `num_train_epochs` | 3.0 |",
         "| processes | 2 |",
         "| reward `format` | weight 0.5 |",
         "| steps | reward | tokens | accuracy |",
@@ -213,6 +215,7 @@ def test_the_card_of_an_rl_run(tmp_path, hub):
         "| 40 | 0.25 |",
     ):
         assert row in card.text, row
+    assert "`max_steps`" not in card.text and "`fp16`" not in card.text
     assert "40 optimizer steps" in card.text and "hf download me/zero" in card.text
     assert "was not trained with the tokenizer's chat template" in card.text and "v1/completions" in card.text
 
