@@ -29,9 +29,9 @@ STAGES = {
 """Launcher -> its configuration's class, what it does, and tags."""
 ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations", "num_iterations",
-    "max_completion_length", "max_length", "packing", "temperature", "loss_type", "beta", "epsilon", "epsilon_high",
-    "scale_rewards", "weight_decay", "max_grad_norm", "bf16", "fp16", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations",
+    "num_iterations", "max_completion_length", "max_length", "packing", "temperature", "loss_type", "beta",
+    "epsilon", "epsilon_high", "scale_rewards", "weight_decay", "max_grad_norm", "bf16", "fp16", "seed",
 )  # fmt: skip
 """TRL's fields that the card shows, where the run has them."""
 HERE = ("output_dir", "resume", "dry_run", "placement", "verify", "push_to_hub")
