@@ -23,7 +23,12 @@ REFERENCE = "reference.safetensors"  # the reference model, once it was reset
 EVALUATIONS = "evaluations"  # folder: what evaluations during training were answered, a file for each benchmark
 TRACES = "traces"  # folder: a line for each rollout, one file for each rank
 JUDGEMENTS = "judgements"  # folder: what judges said of completions, one file for each judge and rank
+CARD = "README.md"  # the model card
 LOGS, SERVERS = "logs", "servers"  # folders that may be there before the run begins
+# The files that make up a model; checkpoints, traces and logs do not count.
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
+# Written by every run next to its model: a record of the run, not a part of its output.
+RECORDS = (RUN_FILE, METRICS, "report.json", "trainer_state.json")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "math-verify")
 OPTIONAL_PACKAGES = {"reasoning_gym": "reasoning-gym"}  # module -> distribution
 
@@ -40,13 +45,20 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
 
 
+def model_files(folder: Path) -> set[Path]:
+    """The files of the model in `folder`."""
+    return {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.name not in RECORDS}
+
+
 def write_run_file(
-    folder: Path, launcher: str, config: dict, data: dict[str, str], contaminated: Sequence[dict] = ()
-) -> None:
+    folder: Path, launcher: str, config: dict, data: dict[str, str], contaminated: Sequence[dict] = (),
+    processes: int = 1,
+) -> None:  # fmt: skip
     """Record the configuration, the digests of its data, the versions and the `contaminated` rows in `folder`."""
     if contaminated:
         write_json(folder / DECONTAMINATED, {"dropped": contaminated})
-    write_json(folder / RUN_FILE, {"launcher": launcher, "config": config, "data": data, "versions": versions()})
+    record = {"launcher": launcher, "config": config, "data": data, "versions": versions(), "processes": processes}
+    write_json(folder / RUN_FILE, record)
 
 
 def versions() -> dict[str, str]:

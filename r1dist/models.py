@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.hub_kernels import is_kernel, load_and_register_attn_kernel
 from transformers.modeling_flash_attention_utils import (
     FLASH_ATTENTION_COMPATIBILITY_MATRIX,
@@ -68,6 +75,11 @@ def named_stop_ids(model: Model) -> list[int]:
     except OSError:  # a model need not have such settings
         return []
     return [named] if isinstance(named, int) else named or []
+
+
+def stop_at(model: PreTrainedModel, stop_ids: list[int]) -> None:
+    """What is saved of `model` names all of `stop_ids`, so that `generate` stops there, too."""
+    model.generation_config.eos_token_id = stop_ids
 
 
 def weights_path(model: Model) -> str:

@@ -7,6 +7,7 @@ import yaml
 
 from ..config import EvaluateRun, GRPORun, Model, RewardModelRun, SampleRun, SFTRun
 from ..config.loader import as_tree
+from ..config.trackers import missing_tracker
 from ..errors import UserError
 from ..models import attention, computes_in_half
 from .memory import GIB, Card, Sharding, generating_memory, parameter_count, peak, room, training_memory
@@ -54,7 +55,9 @@ def print_plan(run: GRPORun | SFTRun | RewardModelRun | EvaluateRun | SampleRun)
 
 
 def check_machine(run: GRPORun | SFTRun | RewardModelRun) -> None:
-    """Raises `UserError` if the run's attention kernel is not there, or its GPUs are too small. Loads no weights."""
+    """Raises `UserError` if a tracker or the attention kernel is missing, or a GPU too small. Loads no weights."""
+    if missing := missing_tracker(run.trl):
+        raise UserError(missing)
     attention(run.model, computes_in_half(run.model, run.trl))
     if trains_on_gpu(run):
         card = this_card()

@@ -42,8 +42,14 @@ COMMON = {
     "save_steps": "Optimizer steps between two checkpoints.",
     "save_total_limit": "Checkpoints that are kept.",
     "logging_steps": "Optimizer steps between two lines of the log.",
-    "report_to": "`wandb`, `tensorboard`, ..., or `none`.",
+    "report_to": "Trackers: `tensorboard`, `wandb`, `trackio`, `mlflow`, or `none`. See docs/trackers.md.",
     "run_name": "The run's name there.",
+    "project": "Trackio's project.",
+    "push_to_hub": "Upload the model to the Hugging Face hub. See docs/after_training.md.",
+    "hub_model_id": "The repository. Unset: the name of `output_dir`, of the account that the token belongs to.",
+    "hub_private_repo": "Whether a new repository is private. Unset: as the account makes them.",
+    "hub_strategy": "What is uploaded: the model at the `end`, at `every_save`, or besides the whole `checkpoint` (in "
+    "`last-checkpoint`), or `all_checkpoints`.",
 }
 FIELDS = {
     "GRPOConfig": {
@@ -76,7 +82,7 @@ FIELDS = {
         "vllm_importance_sampling_mode": "`token_truncate`, `token_mask`, `sequence_truncate` or `sequence_mask`.",
         "vllm_importance_sampling_clip_min": "Lower bound of that weight.",
         "vllm_importance_sampling_clip_max": "Upper bound of that weight.",
-        "log_completions": "Show completions in the terminal and in `report_to`.",
+        "log_completions": "Show completions in the terminal, and as a table in W&B and Trackio.",
     },
     "SFTConfig": {
         **COMMON,

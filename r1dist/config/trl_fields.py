@@ -33,6 +33,11 @@ MAY_CHANGE = frozenset(
         "gradient_accumulation_steps",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
+        "hub_always_push",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_strategy",
         "log_completions",
         "logging_steps",
         "max_steps",
@@ -40,6 +45,8 @@ MAY_CHANGE = frozenset(
         "num_train_epochs",
         "output_dir",
         "per_device_train_batch_size",
+        "project",
+        "push_to_hub",
         "report_to",
         "run_name",
         "save_steps",
@@ -47,6 +54,9 @@ MAY_CHANGE = frozenset(
         "save_total_limit",
         "steps_per_generation",
         "torch_empty_cache_steps",
+        "trackio_bucket_id",
+        "trackio_space_id",
+        "trackio_static_space_id",
     )
 )
 """TRL's fields that a run may be resumed with other values of. Those of the batch may if its rows stay the same."""
@@ -100,8 +110,13 @@ def _module(package: str, file: str) -> ast.Module:
     return ast.parse((folder / file).read_text())
 
 
+def module_body(package: str, file: str) -> list[ast.stmt]:
+    """The statements of a module of an installed package, which is not imported."""
+    return _module(package, file).body
+
+
 def _class_body(package: str, file: str, name: str) -> list[ast.stmt]:
-    return next(n for n in _module(package, file).body if isinstance(n, ast.ClassDef) and n.name == name).body
+    return next(n for n in module_body(package, file) if isinstance(n, ast.ClassDef) and n.name == name).body
 
 
 def _choices(value: ast.expr | None) -> Any:

@@ -94,6 +94,7 @@ OURS_INSTEAD = {
     "remove_unused_columns": "`data.sources`",
     "do_eval": "`eval_strategy`",
     "do_predict": "launch/evaluate.py",
+    "hub_token": "`hf auth login`, or the environment's HF_TOKEN: a run records its configuration,",
 }
 
 # Fields that break checkpoints or what the run's folder promises -> the values that are fine, and what they would do.
@@ -103,7 +104,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_jit_checkpoint": ((False,), "would save beside the checkpoint that a SIGTERM makes anyway"),
     "restore_callback_states_from_checkpoint": ((False,), "would end a resumed run at once, as it ended before"),
     "save_on_each_node": ((False,), "would have nodes that share the run's folder write the same files"),
-    "push_to_hub": ((False,), "would upload checkpoints while they are written; use `hf upload` when the run is done"),
     "accelerator_config": ((None,), "changes how rows are dealt out, on which a resume depends"),
     "batch_eval_metrics": ((False,), "scores batches, and an interval is of all rows"),
     "eval_do_concat_batches": ((True,), "keeps batches apart, and scores are of all rows"),

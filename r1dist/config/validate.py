@@ -10,6 +10,7 @@ from .objective import LOSS_TYPES
 from .runs import EvaluateRun, GRPORun, RewardModelRun, SFTRun, TrainingRun
 from .sampling import Filters, SampleRun
 from .source import Source, sources_in
+from .trackers import check_trackers
 from .trl_fields import micro_steps_per_generation, trl_value
 from .trl_limits import UNSUPPORTED, UNSUPPORTED_IN_GRPO
 
@@ -39,6 +40,8 @@ def validate(run: Any, where: str, processes: int | None = None) -> None:
         _check_evaluation(run, where)
     if isinstance(run, TrainingRun):
         _check_supported(run, where)
+        check_trackers(run.trl, where)
+        _check_hub(run, where)
         _check_training_evaluation(run, where)
     else:
         _check_not_trained(run, where)
@@ -171,6 +174,12 @@ def _check_supported(run: TrainingRun, where: str) -> None:
             f"{where}: `save_only_model` leaves checkpoints without the optimizer, which `resume` needs; leave one of "
             "them out."
         )
+
+
+def _check_hub(run: TrainingRun, where: str) -> None:
+    for name in ("hub_model_id", "hub_revision"):
+        if run.trl.get(name) is not None and not run.trl.get("push_to_hub"):
+            raise UserError(f"{where}: `{name}` is about `push_to_hub`, which is off; set that, or leave it out.")
 
 
 def _check_training_evaluation(run: TrainingRun, where: str) -> None:

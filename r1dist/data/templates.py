@@ -16,17 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from ..config import Model
 from ..errors import UserError
 from ..models import load_model_config, load_tokenizer, named_stop_ids
+from .r1_zero import INSTRUCTION, r1_zero_prompt
 from .tags import TAGS
 
 logger = logging.getLogger(__name__)
 
-# DeepSeek-R1, table 1: the template of R1-Zero.
-INSTRUCTION = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-    "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
-    "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
-    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>."
-)
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 # What a template is rendered with, to find out what it writes around the texts that it is given.
 SYSTEM, QUESTION, REPLY, NEXT = "(system)", "(question)", "(reply)", "(next)"
@@ -96,8 +90,7 @@ class Template:
         `examples` (problem, completion) come before it, as if they had been asked and answered.
         """
         if self.name == "r1_zero":
-            shown = "".join(f" User: {asked}. Assistant: {answered}" for asked, answered in examples)
-            return f"{INSTRUCTION}{shown} User: {problem}. Assistant:"
+            return r1_zero_prompt(problem, examples)
         turns = [{"role": "system", "content": system}] if system else []
         for asked, answered in examples:
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]

@@ -13,6 +13,7 @@ from ..config import EvaluateRun, GRPORun, RewardModelRun, SampleRun, SFTRun
 from ..config.engines import VLLM_MISSING, vllm_installed
 from ..config.loader import as_tree, parse
 from ..config.pipeline import PipelineRun, Stage
+from ..config.trackers import missing_tracker
 from ..errors import UserError
 from ..files import samples_folder
 from ..rewards.registry import check_rewards
@@ -253,13 +254,23 @@ def _processes(accelerate: Path) -> int:
     return 1 if config.get("distributed_type", "NO") == "NO" else config["num_processes"]
 
 
-def missing_vllm(steps: Iterable[Step]) -> str | None:
-    """What to tell if some of `steps` start vLLM servers, and vLLM is not installed."""
+def missing_packages(steps: Iterable[Step]) -> str | None:
+    """What to tell if a package is not installed that some of `steps` need."""
+    steps = list(steps)
+    return _missing_vllm(steps) or _missing_tracker(steps)
+
+
+def _missing_vllm(steps: Iterable[Step]) -> str | None:
     rollouts = {step.name: step.config.get("rollout") for step in steps}
     names = [name for name, r in rollouts.items() if r and (r["engine"], r["servers"]) == ("vllm", "managed")]
     if not names or vllm_installed():
         return None
     return f"{', '.join(names)}: `rollout.engine` is `vllm`, but {VLLM_MISSING} Or set `--engine transformers`."
+
+
+def _missing_tracker(steps: Iterable[Step]) -> str | None:
+    missing = {step.name: missing_tracker(step.config) for step in steps if step.trains}
+    return next((f"{name}: {why}" for name, why in missing.items() if why is not None), None)
 
 
 def _closure(start: str, following: dict[str, set[str]]) -> set[str]:

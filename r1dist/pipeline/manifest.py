@@ -7,18 +7,15 @@ from typing import Any
 
 from ..config.tree import flat
 from ..errors import UserError
-from ..files import sha256, write_json
+from ..files import model_files, sha256, write_json
 from ..tiny import EMBEDDED
 from .graph import Step
 
 MANIFEST = "manifest.json"
-# The files that make up a model; checkpoints, traces and logs do not count.
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
-# Written by every run next to its model: a record of the run, not a part of its output.
-RECORDS = ("run.json", "metrics.jsonl", "report.json", "trainer_state.json")
 # Fields that change nothing about what a step leaves.
 INDIFFERENT = ("output_dir", "output", "dry_run", "resume", "verify.workers", "verify.retry_timeout",
-               "train.stall_timeout", "rollout.engine")  # fmt: skip
+               "train.stall_timeout", "rollout.engine", "report_to", "run_name", "project", "push_to_hub",
+               "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")  # fmt: skip
 
 
 class Manifest:
@@ -48,8 +45,7 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's model (all files of a folder that holds none)."""
     if path.is_file():
         return sha256(path)
-    files = {file for pattern in MODEL_FILES for file in path.glob(pattern)}
-    files = {file for file in files if file.name not in RECORDS} or {f for f in path.rglob("*") if f.is_file()}
+    files = model_files(path) or {f for f in path.rglob("*") if f.is_file()}
     parts = [f"{file.relative_to(path)}:{digest(file)}" for file in sorted(files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -80,4 +76,5 @@ def _is_path(field: str, value: Any) -> bool:
 
 def _settings(step: Step) -> dict[str, Any]:
     fields = flat(step.config).items()
-    return {field: value for field, value in fields if field not in INDIFFERENT and not field.startswith("placement.")}
+    without = ("placement.", "report_to.")  # the latter's entries
+    return {field: value for field, value in fields if field not in INDIFFERENT and not field.startswith(without)}

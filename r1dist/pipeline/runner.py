@@ -14,15 +14,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from ..config.trackers import PACKAGES
 from ..config.tree import differences
 from ..errors import Interrupted, StageFailed, UserError
 from ..files import CHECKSUMS, lock_run_dir, versions, write_json
+from ..publish.account import require_account
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
+from .cards import write_cards
 from .goals import judge
-from .graph import EVALUATION, Graph, Step, missing_vllm
+from .graph import EVALUATION, Graph, Step, missing_packages
 from .manifest import Manifest, digest, inputs_of, settings_of
 from .page import write_page
 from .table import goals_list, stage_table
+
+SHOWN = ("step ", "hub: ", *(f"{tracker}: " for tracker in PACKAGES))
+"""How the lines of a stage begin that are for the terminal, besides its log."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +59,20 @@ class Runner:
             if decision.act != "skip":
                 changing.add(step.name)
             lines += [f"[{step.name}] {decision.act}: {decision.reason}", f"  {shlex.join(step.command)}"]
-        if missing := missing_vllm(self._unfinished()):
+        if missing := missing_packages(self._unfinished()):
             lines.append(f"It would be refused: {missing}")
         return "\n".join(lines)
 
     def run(self) -> dict:
         """Do what is missing and return the summary, which is also in `<output_dir>/summary.json`.
 
-        Raises `StageFailed`, or `UserError` if another runner is at work in the folder or vLLM is missing.
+        Raises `StageFailed`, or `UserError` if another runner is at work in the folder, a package is missing, or a
+        stage is to be uploaded and the hub refuses the token.
         """
-        if missing := missing_vllm(self._unfinished()):
+        if missing := missing_packages(self._unfinished()):
             raise UserError(missing)
+        if any(step.config.get("push_to_hub") for step in self._unfinished()):
+            require_account()
         with lock_run_dir(self.folder):
             self.manifest = Manifest(self.folder)
             for step in self.graph.chosen():
@@ -78,6 +87,8 @@ class Runner:
                     print(stage_table(summary["stages"]), flush=True)
             print(goals_list(summary["goals"]), flush=True)
             write_page(self.folder, summary, self.graph.edges())
+            trained = [step for step in self.graph.steps.values() if step.trains and self._is_finished(step.name)]
+            write_cards(self.graph, trained, summary)
             return summary
 
     def _unfinished(self) -> list[Step]:
@@ -177,7 +188,7 @@ class Runner:
             with handing_on(step.name, process, step.folder if step.trains else None) as asked:
                 for line in process.stdout:
                     file.write(line)
-                    if line.startswith("step "):
+                    if line.startswith(SHOWN):
                         print(f"  {line}", end="", flush=True)
                 return process.wait(), bool(asked)
 

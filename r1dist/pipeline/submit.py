@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config.pipeline import PipelineRun
 from ..errors import RunStopped, UserError
 from ..files import write_json
-from .graph import Graph, missing_vllm
+from .graph import Graph, missing_packages
 
 JOBS = "slurm.json"
 
@@ -36,9 +36,9 @@ def submissions(graph: Graph, arguments: list[str], script: Path) -> list[tuple[
 def submit(graph: Graph, arguments: list[str], script: Path) -> dict[str, str]:
     """Submit; gives each job's id, which are also in `<output_dir>/slurm.json`.
 
-    Raises `RunStopped`, and `UserError` where vLLM is missing.
+    Raises `RunStopped`, and `UserError` where a package is missing.
     """
-    if missing := missing_vllm(graph.chosen()):
+    if missing := missing_packages(graph.chosen()):
         raise UserError(missing)
     jobs: dict[str, str] = {}
     (graph.folder / "logs").mkdir(parents=True, exist_ok=True)  # sbatch makes no folders

@@ -38,6 +38,7 @@ from ..errors import UserError
 from ..evaluation.estimators import clustered_interval
 from ..files import write_json
 from ..models import check_lora, model_init_kwargs, weights_path
+from ..publish.hub import Publication, hub_repository
 from ..rewards.model import ModelReward, conversation_ids
 from ..run.checkpoints import ResumableTrainer
 from ..run.process import set_up_process
@@ -111,6 +112,7 @@ def train(run: RewardModelRun) -> None:
     kwargs = model_init_kwargs(run.model, values)
     arguments = trl_arguments(trl.RewardConfig, **values, model_init_kwargs=kwargs)
     check_rows(run, len(dataset))
+    repository = hub_repository(run)
     with run_folder(run, "reward_model") as checkpoint:
         common = {"args": arguments, "train_dataset": dataset, "processing_class": tokenizer}
         common |= {"eval_dataset": evaluated, "stall_timeout": run.train.stall_timeout}
@@ -121,6 +123,7 @@ def train(run: RewardModelRun) -> None:
             classifier = new_classifier(run, tokenizer.pad_token_id, kwargs)
             trainer = LabelTrainer(model=classifier, data_collator=collator, **common)
         show_progress(trainer, COLUMNS)
+        publication = Publication(run, trainer, repository)
         trainer.train(resume_from_checkpoint=checkpoint)
         save_trained(trainer, run.model, "SEQ_CLS")
         if held_out is not None:
@@ -130,6 +133,7 @@ def train(run: RewardModelRun) -> None:
             if trainer.is_world_process_zero():
                 write_json(Path(arguments.output_dir) / SCORES, asdict(scores))
         trainer.accelerator.end_training()  # as in grpo.py
+        publication.finish()
 
 
 def measure(run: RewardModelRun, rows: Dataset, rank: int = 0, ranks: int = 1, dtype: str = "float32") -> Scores:

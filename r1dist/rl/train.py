@@ -19,7 +19,8 @@ from ..evaluation.training import TrainingEvaluation, evaluation_sources, traini
 from ..generation.engine import RolloutsLost
 from ..generation.traces import TraceWriter
 from ..generation.trainer_engines import local_engine, server_engine, training_servers
-from ..models import check_lora, load_model_config, model_init_kwargs, weights_path
+from ..models import check_lora, load_model_config, model_init_kwargs, stop_at, weights_path
+from ..publish.hub import Publication, hub_repository
 from ..rewards import THINKING, Rewards, verifiers_of
 from ..rewards.pool import Pool
 from ..rewards.registry import isolated, source_digests
@@ -67,18 +68,23 @@ def _train(run: GRPORun, pool: Pool) -> None:
     rewards = Rewards(run.rewards, pool, dataset, dtype)
     prompts = [*dataset["prompt_ids"], *(evaluation.longest if evaluation else [])]
     servers = training_servers(run, dtype, template, prompts, arguments.process_index)
-    with run_folder(run, "grpo", contaminated, source_digests(run.rewards)) as checkpoint, servers:
-        rewards.remember_in(Path(arguments.output_dir), arguments.process_index)
-        trainer = build_trainer(run, arguments, template, dataset, rewards, evaluation)
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except (RolloutsLost, VerifiersBroken, RewardFailed) as error:
-            raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
-        finally:
-            trainer.close()
-        save_trained(trainer, run.model)
-    # If one rank ends before another, their process group still open, some abort.
-    trainer.accelerator.end_training()
+    repository = hub_repository(run)
+    with run_folder(run, "grpo", contaminated, source_digests(run.rewards)) as checkpoint:
+        with servers:
+            rewards.remember_in(Path(arguments.output_dir), arguments.process_index)
+            trainer = build_trainer(run, arguments, template, dataset, rewards, evaluation)
+            publication = Publication(run, trainer, repository)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except (RolloutsLost, VerifiersBroken, RewardFailed) as error:
+                raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
+            finally:
+                trainer.close()
+            stop_at(trainer.accelerator.unwrap_model(trainer.model), template.stop_ids)
+            save_trained(trainer, run.model)
+        # If one rank ends before another, their process group still open, some abort.
+        trainer.accelerator.end_training()
+        publication.finish()
 
 
 def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:

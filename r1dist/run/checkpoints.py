@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class ResumableTrainer(Trainer):
     _save_seconds: float | None = None
     _step_start: "_RankState | None" = None
     _saved_instead: "_RankState | None" = None
+    on_saved: Callable[[Path], None] | None = None
+    """Called by a thread of the first rank with a checkpoint that is complete, unless the run was asked to stop."""
 
     def __init__(self, *args, stall_timeout: float, **kwargs):
         super().__init__(*args, **kwargs)
@@ -191,9 +194,17 @@ class ResumableTrainer(Trainer):
             self.save_shared(staged)
             write_json(staged / STATE, self._description(state))
             limit, best = self.args.save_total_limit, self.state.best_global_step
-            self._finishing = self._finisher.submit(finish, staged, checkpoint, limit, best)
+            self._finishing = self._finisher.submit(self._finish, staged, checkpoint, limit, best)
         self.watchdog.heartbeat()
         self._save_seconds = time.monotonic() - began
+
+    def _finish(self, staged: Path, checkpoint: Path, limit: int | None, best: int | None) -> None:
+        finish(staged, checkpoint, limit, best)
+        if self.on_saved is not None and self.stop.agreed is None:
+            self.on_saved(checkpoint)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's is not written: see `publish.card`."""
 
     def _load_best_model(self) -> None:
         self.finish_saving()

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..files import METRICS
+from .trackers import TrackerLinks
 
 EVALUATED = re.compile(r"^eval_")
 MEASURED = re.compile(r"eval/(.*/)?accuracy|eval/loss")
@@ -45,10 +46,11 @@ class StepLine(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, columns: dict[str, str]) -> None:
-    """Replace transformers' progress callbacks by a `StepLine`."""
+    """Replace transformers' progress callbacks by a `StepLine`, and say where `report_to` shows the run."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepLine(trainer.args.output_dir, columns))
+    trainer.add_callback(TrackerLinks(trainer))
 
 
 def _clock(seconds: float) -> str:

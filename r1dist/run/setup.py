@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
 
 from ..config import GRPORun, RewardModelRun, SFTRun
 from ..config.loader import as_tree
@@ -20,6 +19,7 @@ from ..config.trl_fields import micro_steps_per_generation, trl_value
 from ..errors import Interrupted, RunStopped, UserError
 from ..files import ENDED, RUN_FILE, check_folder, lock_run_dir, write_json, write_run_file
 from .resume import check_same, data_digests, newest_checkpoint
+from .trackers import require_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +48,21 @@ def computing_dtype(arguments: TrainingArguments, weights: str) -> str:
 def trl_arguments(config_class: type, **values: Any) -> Any:
     """Build TRL's configuration; what it refuses, it refuses as a `UserError` before anything is written.
 
-    So is an optimizer, a schedule or a report that transformers would only miss once the model is loaded.
+    So is an optimizer, a schedule or a tracker that transformers would only miss once the model is loaded. Of
+    `push_to_hub` it is not told, since it would upload checkpoints while they are written: see `publish.hub`.
     """
     try:
-        arguments = config_class(**values)
+        arguments = config_class(**{**values, "push_to_hub": False})
     except ValueError as error:
         raise UserError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
     # One process that sees several GPUs would train on all of them, by `nn.DataParallel`, which TRL refuses.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    for field, build in {"report_to": _reports, "optim": _optimizer, "lr_scheduler_kwargs": _schedule}.items():
+    for field, build in {"report_to": require_trackers, "optim": _optimizer, "lr_scheduler_kwargs": _schedule}.items():
         try:
             build(arguments)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise UserError(f"`{field}`: {' '.join(str(error).split())}") from error
     return arguments
-
-
-def _reports(arguments: TrainingArguments) -> None:
-    for callback in get_reporting_integration_callbacks(arguments.report_to):
-        callback()
 
 
 def _optimizer(arguments: TrainingArguments) -> None:
@@ -107,7 +103,7 @@ def run_folder(
             check_same(folder, type(run), as_tree(run), data)
     with lock_run_dir(folder) if first else nullcontext():
         if first:
-            write_run_file(folder, launcher, as_tree(run), data, contaminated)
+            write_run_file(folder, launcher, as_tree(run), data, contaminated, PartialState().num_processes)
             (folder / ENDED).unlink(missing_ok=True)
         PartialState().wait_for_everyone()
         checkpoint = newest_checkpoint(folder, batch_shape(run)) if resume else None

@@ -16,7 +16,8 @@ from ..data.templates import Template, load_template
 from ..errors import RunStopped, UserError, VerifiersBroken
 from ..evaluation.training import TrainingEvaluation, evaluation_sources, training_evaluation
 from ..generation.trainer_engines import local_engine
-from ..models import INSTALL_VARLEN, check_lora, model_init_kwargs, weights_path
+from ..models import INSTALL_VARLEN, check_lora, model_init_kwargs, stop_at, weights_path
+from ..publish.hub import Publication, hub_repository
 from ..rewards import verifiers_of
 from ..rewards.pool import Pool
 from ..run.checkpoints import ResumableTrainer
@@ -85,6 +86,7 @@ def _train(run: SFTRun, pool: Pool | None) -> None:
     counts = arguments.packing and arguments.dataloader_drop_last
     check_rows(run, len(dataset), packed_blocks(dataset["length"], arguments) if counts else None)
     evaluation = training_evaluation(run, template, pool, arguments.process_index, arguments.world_size)
+    repository = hub_repository(run)
     with run_folder(run, "sft", contaminated) as checkpoint:
         trainer = SFTTrainer(
             train_dataset=dataset.remove_columns("length"),
@@ -98,12 +100,15 @@ def _train(run: SFTRun, pool: Pool | None) -> None:
             stall_timeout=run.train.stall_timeout,
         )
         show_progress(trainer, COLUMNS)
+        publication = Publication(run, trainer, repository)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except VerifiersBroken as error:
             raise RunStopped(f"{error}\n{trainer.save_before_stopping()}") from error
+        stop_at(trainer.accelerator.unwrap_model(trainer.model), template.stop_ids)
         save_trained(trainer, run.model)
         trainer.accelerator.end_training()  # as in grpo.py
+        publication.finish()
 
 
 def holdout_dataset(run: SFTRun, template: Template, max_length: int | None) -> Dataset:

@@ -14,7 +14,7 @@ FLOORS = [
     {"models"},
     {"data", "run"},
     {"rewards", "generation"},
-    {"sampling", "gguf"},
+    {"sampling", "gguf", "publish"},
     {"evaluation"},
     {"rl", "sft"},
     {"reward_models"},

@@ -29,7 +29,7 @@ SAMPLE = {
 TEXTS = [
     (SFTRun, SFT, "run_name"),
     (SFTRun, SFT, "output_dir"),
-    (SFTRun, SFT, "hub_model_id"),
+    (SFTRun, {**SFT, "push_to_hub": True}, "hub_model_id"),
     (SFTRun, SFT, "model.path"),
     (SFTRun, SFT, "model.tokenizer"),
     (SFTRun, SFT, "data.sources.0.path"),
