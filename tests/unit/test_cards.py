@@ -39,9 +39,7 @@ def graph(folder, **fields) -> Graph:
     ]
     pipeline = {"output_dir": str(folder / "x"), "evaluate": "evaluate.yaml", "stages": stages}
     pipeline["accelerate"] = str(ROOT / "configs" / "accelerate" / "zero2_cpu.yaml")
-    return Graph(
-        parse(PipelineRun, ["--config", str(write_yaml(folder / "p.yaml", pipeline))]), folder, ROOT / "launch"
-    )
+    return Graph(parse(PipelineRun, ["--config", str(write_yaml(folder / "p.yaml", pipeline))]), folder)
 
 
 @pytest.fixture

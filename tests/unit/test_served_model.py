@@ -1,4 +1,4 @@
-"""Reward models that a server holds, against a stand-in for it; tests/servers/test_served_model.py has a real one."""
+"""Reward models that a server holds, against a stand-in for it; servers/test_served_reward_model.py has a real one."""
 
 import math
 
