@@ -149,6 +149,23 @@ def zygote():
 
 
 @pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub, which the client asks with a token that may write."""
+    from huggingface_hub import constants
+    from stub_hub import StubHub
+
+    from r1dist.publish import licences
+
+    with StubHub() as stub:
+        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_writes")
+        licences._licence.cache_clear()
+        yield stub
+        licences._licence.cache_clear()
+
+
+@pytest.fixture
 def namespaces():
     """Two machines, as far as the network goes."""
     from machines import Namespaces

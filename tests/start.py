@@ -11,8 +11,6 @@ import socket
 import sys
 
 MODULES = ("accelerate.commands.launch", "torch.distributed.run", "r1dist")
-
-
 FORK_SERVER = "from multiprocessing.forkserver import main;"
 
 

@@ -11,8 +11,6 @@ import shutil
 import threading
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 from transformers import Trainer
@@ -21,6 +19,7 @@ from ..config import GRPORun, RewardModelRun, SFTRun
 from ..config.trl_fields import trl_value
 from ..errors import RunStopped, UserError
 from ..files import CARD, CHECKSUMS, DECONTAMINATED, ENDED, REFERENCE, link, model_files
+from ..run.process import on_first_rank
 from .account import make_repository, one_line
 from .card import model_card
 
@@ -39,16 +38,7 @@ def hub_repository(run: Run) -> str | None:
     """
     if not run.trl.get("push_to_hub"):
         return None
-    found: list[str | None] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            found[0] = make_repository(run.trl)
-        except UserError as error:
-            found[1] = str(error)
-    repository, refused = broadcast_object_list(found)
-    if refused is not None:
-        raise UserError(refused)
-    return repository
+    return on_first_rank(lambda: make_repository(run.trl))
 
 
 class Publication:

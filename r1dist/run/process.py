@@ -2,15 +2,22 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging as transformers_logging
 
+from ..errors import UserError
 from ..logs import set_up_logging
 from .driver import require_usable_gpu
 from .extensions import check_locks
+
+T = TypeVar("T")
 
 
 def set_up_process(use_cpu: bool = False) -> None:
@@ -54,3 +61,17 @@ def choose_default(by_memory: dict[float, Path], without_gpu: Path) -> Path:
     if os.environ.get("RANK", "0") == "0":
         print(f"No --config given and {why}: running {os.path.relpath(chosen)}", flush=True)
     return chosen
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """What `function` returns on the first rank, given to every rank. A collective; all raise its `UserError`."""
+    found: list = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = function()
+        except UserError as error:
+            found[1] = str(error)
+    result, refused = broadcast_object_list(found)
+    if refused is not None:
+        raise UserError(refused)
+    return result

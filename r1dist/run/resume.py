@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from ..config.tree import changed_on_resume, differences, flat, may_change
 from ..errors import UserError
 from ..files import EVALUATIONS, METRICS, RUN_FILE, TRACES, sha256
 from .checkpoints import STAGING, damage, read_state, step_of
+from .process import on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +73,7 @@ def newest_checkpoint(folder: Path, batch: dict[str, int]) -> str | None:
 
     Raises `UserError` if this run's batch or number of processes fits no checkpoint.
     """
-    found = [None, None]
-    if PartialState().is_main_process:
-        try:
-            found[0] = _choose(folder, batch)
-        except UserError as error:
-            found[1] = str(error)
-    checkpoint, refused = broadcast_object_list(found)
-    if refused is not None:
-        raise UserError(refused)
-    return checkpoint
+    return on_first_rank(lambda: _choose(folder, batch))
 
 
 def _choose(folder: Path, batch: dict[str, int]) -> str | None:

@@ -5,8 +5,6 @@ import json
 
 import pytest
 from conftest import ROOT, SMALL_GRPO, write_yaml
-from huggingface_hub import constants
-from stub_hub import StubHub
 
 from r1dist.config.loader import parse
 from r1dist.config.pipeline import PipelineRun
@@ -40,15 +38,6 @@ def graph(folder, **fields) -> Graph:
     pipeline = {"output_dir": str(folder / "x"), "evaluate": "evaluate.yaml", "stages": stages}
     pipeline["accelerate"] = str(ROOT / "configs" / "accelerate" / "zero2_cpu.yaml")
     return Graph(parse(PipelineRun, ["--config", str(write_yaml(folder / "p.yaml", pipeline))]), folder)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with StubHub() as stub:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_writes")
-        yield stub
 
 
 def finished(plan: Graph):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
-from stub_hub import StubHub
 
 from r1dist.config import GRPORun, RewardModelRun, SFTRun
 from r1dist.config.loader import as_tree, build
@@ -26,17 +25,6 @@ GRPO = {
     "num_generations": 4, "per_device_train_batch_size": 8, "rollout": {"engine": "transformers"},
 }  # fmt: skip
 PAIRS = {"model": {"path": "tiny"}, "loss": "pairwise", "sources": [{"path": "tiny_pairs", "limit": 8}]}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with StubHub() as stub:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_writes")
-        licences._licence.cache_clear()
-        yield stub
-        licences._licence.cache_clear()
 
 
 def run_of(tmp_path, **fields) -> SFTRun:
