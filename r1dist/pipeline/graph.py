@@ -27,6 +27,8 @@ class Kind:
     """What all stages of a kind have in common."""
 
     script: str
+    module: str
+    """What its launcher imports to run it."""
     run_class: type
     trains: bool
     """Launched by Accelerate; leaves a model and checkpoints on the way."""
@@ -36,11 +38,15 @@ class Kind:
 
 
 KINDS = {
-    "grpo": Kind("grpo.py", GRPORun, trains=True, rolls_out=True),
-    "sft": Kind("sft.py", SFTRun, trains=True, rolls_out=False),
-    "reward_model": Kind("reward_model.py", RewardModelRun, trains=True, rolls_out=False, answers=False),
-    "sample": Kind("sample.py", SampleRun, trains=False, rolls_out=True, answers=False),
-    "evaluate": Kind("evaluate.py", EvaluateRun, trains=False, rolls_out=True, answers=False),
+    "grpo": Kind("grpo.py", "r1dist.rl.train", GRPORun, trains=True, rolls_out=True),
+    "sft": Kind("sft.py", "r1dist.sft.train", SFTRun, trains=True, rolls_out=False),
+    "reward_model": Kind(
+        "reward_model.py", "r1dist.reward_models.train", RewardModelRun, trains=True, rolls_out=False, answers=False
+    ),
+    "sample": Kind("sample.py", "r1dist.sampling.run", SampleRun, trains=False, rolls_out=True, answers=False),
+    "evaluate": Kind(
+        "evaluate.py", "r1dist.evaluation.evaluate", EvaluateRun, trains=False, rolls_out=True, answers=False
+    ),
 }
 
 

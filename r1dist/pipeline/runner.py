@@ -4,6 +4,7 @@ Every step is a command that a person could type; it is printed before it is sta
 not done again while nothing it depends on has changed; an interrupted one resumes from its own checkpoint.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -20,9 +21,10 @@ from ..errors import Interrupted, StageFailed, UserError
 from ..files import CHECKSUMS, lock_run_dir, versions, write_json
 from ..publish.account import require_account
 from ..run.children import code_noted, end_with_parent, forget, handing_on, last_words
+from ..run.forked import Forked, import_for_forks
 from .cards import write_cards
 from .goals import judge
-from .graph import EVALUATION, Graph, Step, missing_packages
+from .graph import EVALUATION, KINDS, Graph, Step, missing_packages
 from .manifest import Manifest, digest, inputs_of, settings_of
 from .page import write_page
 from .table import goals_list, stage_table
@@ -176,21 +178,28 @@ class Runner:
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                # An evaluation's or a sampling's progress bar belongs on the terminal.
-                stderr=file if step.trains else None,
-                text=True,
-                env={"TOKENIZERS_PARALLELISM": "false", **os.environ},
-                preexec_fn=end_with_parent,
-            )
+            # An evaluation's or a sampling's progress bar belongs on the terminal.
+            stderr = file if step.trains else None
+            env = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+            process: Forked | subprocess.Popen
+            if self._forks:
+                process = Forked(command[1:], stderr, env)
+            else:
+                process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env, preexec_fn=end_with_parent
+                )
             with handing_on(step.name, process, step.folder if step.trains else None) as asked:
                 for line in process.stdout:
                     file.write(line)
                     if line.startswith(SHOWN):
                         print(f"  {line}", end="", flush=True)
                 return process.wait(), bool(asked)
+
+    @functools.cached_property
+    def _forks(self) -> bool:
+        """Whether steps run in forks of this process. It is asked before the first one is started."""
+        kinds = {"evaluate", *(step.stage.kind for step in self._unfinished())} - {"base"}
+        return self.graph.run.launcher == "accelerate" and import_for_forks(KINDS[kind].module for kind in kinds)
 
     def _failure(self, step: Step, code: int) -> str:
         log = self._log(step)

@@ -5,11 +5,11 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -17,6 +17,12 @@ from ..files import ENDED, STOP
 from ..signals import SAME, SIGNALS
 
 LAST_LINES = 8
+
+
+class Child(Protocol):
+    """A process that can be asked to end."""
+
+    def terminate(self) -> None: ...
 
 
 def forget(folder: Path) -> None:
@@ -29,9 +35,7 @@ def forget(folder: Path) -> None:
 
 
 @contextmanager
-def handing_on(
-    name: str, process: subprocess.Popen, folder: Path | None, came: list[int] | None = None
-) -> Iterator[list[int]]:
+def handing_on(name: str, process: Child, folder: Path | None, came: list[int] | None = None) -> Iterator[list[int]]:
     """Ask `process` to stop when we are asked to; yields the signals that came, after those of `came`.
 
     A second one, not the first one's echo, ends us at once.

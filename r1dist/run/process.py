@@ -35,6 +35,8 @@ def set_up_process(use_cpu: bool = False) -> None:
     datasets.disable_progress_bars()
     # DeepSpeed's ZeRO 3 calls something deprecated at each gathering, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # a fork has torch with its parent's number
     if not torch.cuda.is_available():
         # Left to guess, DeepSpeed finds the CPU as well, with a warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
