@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 KEY = 8
 """Keys and values whose memory is a token's in a decoder layer, or less."""
-PAIRS = 4096
-"""Pairs of a query and a key whose work is a token's in a small model's decoder layer; large models need more."""
 
 
 class Size(NamedTuple):
@@ -17,18 +15,11 @@ class Size(NamedTuple):
     tokens: int
     keys: int
     """Of attention, a prompt's once for each of its completions: at least `tokens`."""
-    width: int
-    """Most keys of a query."""
 
     @property
     def cost(self) -> int:
         """Memory, in tokens of a forward that shares no prompt."""
         return self.tokens + (self.keys - self.tokens) // KEY
-
-    @property
-    def work(self) -> int:
-        """Time, in tokens of all layers but attention."""
-        return self.tokens + self.keys * self.width // PAIRS
 
 
 @dataclass(frozen=True)
@@ -72,11 +63,6 @@ class Rows:
             groups[widest : widest + 1] = [groups[widest][:half], groups[widest][half:]]
         return groups
 
-    def work(self, bins: int, budget: int | None) -> int:
-        """Of all groups, at least `bins` of them."""
-        groups = self.partition(max(bins, self.groups_needed(budget)), budget)
-        return sum(self._size(group).work for group in groups)
-
     def _size(self, group: list[int]) -> Size:
         return list(self.sizes(group))[-1]
 
@@ -96,11 +82,11 @@ def by_length(lengths: list[int], packed: bool) -> Rows:
 
     def padded(rows: Iterable[int]) -> Iterator[Size]:
         for count, width in enumerate(itertools.accumulate((lengths[i] for i in rows), max), 1):
-            yield Size(count * width, count * width, width)
+            yield Size(count * width, count * width)
 
     def summed(rows: Iterable[int]) -> Iterator[Size]:
         for tokens in itertools.accumulate(lengths[i] for i in rows):
-            yield Size(tokens, tokens, 0)
+            yield Size(tokens, tokens)
 
     return Rows(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), lengths, summed if packed else padded)
 
@@ -108,7 +94,7 @@ def by_length(lengths: list[int], packed: bool) -> Rows:
 def by_prompt(prompts: list[int], shared: list[int], own: list[int]) -> Rows:
     """Those of one prompt together, the prompt with the longest row first, and of its rows the longest.
 
-    A group has its tokens once, and in attention a rectangle of completions for each prompt.
+    A group has a prompt's tokens once, and in attention once more for each completion.
 
     Args:
         prompts: The number of each row's prompt.
@@ -122,11 +108,12 @@ def by_prompt(prompts: list[int], shared: list[int], own: list[int]) -> Rows:
     order = sorted(range(len(prompts)), key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i], i))
 
     def sizes(rows: Iterable[int]) -> Iterator[Size]:
-        tokens = most = common = width = 0
-        for groups, (_, group) in enumerate(itertools.groupby(rows, lambda i: prompts[i]), 1):
-            for count, i in enumerate(group, 1):
-                tokens += own[i] + (shared[i] if count == 1 else 0)
-                most, common, width = max(most, count), max(common, shared[i]), max(width, own[i])
-                yield Size(tokens, groups * (common + most * (common + width)), common + width)
+        tokens = keys = 0
+        for _, group in itertools.groupby(rows, lambda i: prompts[i]):
+            for count, i in enumerate(group):
+                prompt = 0 if count else shared[i]
+                tokens += prompt + own[i]
+                keys += prompt + lengths[i]
+                yield Size(tokens, keys)
 
     return Rows(order, lengths, sizes, shared=True)

@@ -122,10 +122,13 @@ class MicroBatch:
         return MicroBatch(**send_to_device(vars(self), device))
 
 
-def collate(batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0, shared: bool = False) -> MicroBatch:
+def collate(
+    batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0, shared: bool = False, device_type: str = "cpu"
+) -> MicroBatch:
     """All rollouts of `batch` as one micro-batch, as wide as the longest prompt and the longest completion.
 
-    `shared`: the forward holds each prompt once; rollouts of one prompt follow one another.
+    `shared`: the forward, by a device of `device_type`, holds each prompt once; rollouts of one prompt follow one
+    another.
     """
 
     def padded(values: list[torch.Tensor] | None, value: float, side: str = "right") -> torch.Tensor | None:
@@ -146,7 +149,7 @@ def collate(batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0, sh
         old_logprobs=padded(batch.old_logprobs, 0.0),
         reference_logprobs=padded(batch.reference_logprobs, 0.0),
         micro_step_tokens=micro_step_tokens,
-        shared=share_prompts(batch.prompt_ids, batch.completion_ids, batch.counts) if shared else None,
+        shared=share_prompts(batch.prompt_ids, batch.completion_ids, batch.counts, device_type) if shared else None,
     )
 
 
@@ -167,21 +170,21 @@ class MicroBatching:
     ranks: int = 1
     gather: Callable[[list], list] = list
     """All ranks' lists, one after another. A collective."""
+    device_type: str = "cpu"
+    """Of the device that computes the forwards."""
 
-    def rows(self, batch: RolloutBatch, forwards: int) -> Rows:
-        """The rollouts in the order in which at least so many forwards divide them with the least work."""
-        by_size = by_length(batch.lengths, self.packed)
+    def rows(self, batch: RolloutBatch) -> Rows:
+        """The rollouts in the order in which they are divided."""
         if not self.sharing:
-            return by_size
+            return by_length(batch.lengths, self.packed)
         numbers: dict[tuple[int, ...], int] = {}
         prompts = [numbers.setdefault(tuple(ids.tolist()), len(numbers)) for ids in batch.prompt_ids]
         # A prompt's last token is each completion's own: it predicts the first.
-        shared, own = [len(ids) - 1 for ids in batch.prompt_ids], [len(ids) for ids in batch.completion_ids]
-        return min(by_size, by_prompt(prompts, shared, own), key=lambda rows: rows.work(forwards, self.token_budget))
+        return by_prompt(prompts, [len(p) - 1 for p in batch.prompt_ids], [len(c) for c in batch.completion_ids])
 
     def collate(self, batch: RolloutBatch, rows: Rows, places: list[int], tokens: float = 0.0) -> MicroBatch:
         """One of the groups of `rows`; `tokens`: its `micro_step_tokens`."""
-        return collate(batch.select(places), self.pad_id, tokens, rows.shared)
+        return collate(batch.select(places), self.pad_id, tokens, rows.shared, self.device_type)
 
 
 def build_micro_batches(
@@ -200,7 +203,7 @@ def build_micro_batches(
 
     if not how.regroup:
         parts = [part(i, 1) for i in range(micro_steps)]
-        divided = [how.rows(each, 1) for each in parts]
+        divided = [how.rows(each) for each in parts]
         needed = how.gather([[rows.groups_needed(how.token_budget) for rows in divided]])
         forwards = map(max, zip(*needed, strict=True))
         return [
@@ -213,7 +216,7 @@ def build_micro_batches(
         steps = min(accumulation, micro_steps - first)
         local = part(first, steps)
         step = concatenate(how.gather([local])) if how.ranks > 1 else local
-        rows = how.rows(step, steps * how.ranks)
+        rows = how.rows(step)
         on_each_rank = max(steps, math.ceil(rows.groups_needed(how.token_budget) / how.ranks))
         mine = rows.partition(on_each_rank * how.ranks, how.token_budget)[how.rank :: how.ranks]
         batches = [how.collate(step, rows, places, tokens) for places in mine]

@@ -60,9 +60,10 @@ def forward(model: nn.Module, batch: MicroBatch, packed: bool, router_loss: bool
 
 
 def _forward_shared(model: nn.Module, mask: torch.Tensor, shared: SharedPrompts) -> Forward:
+    mask_is_known = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=mask.device)  # the model need not build one
     output = model(
         input_ids=shared.input_ids, position_ids=shared.positions, shift_labels=shared.labels,
-        attention_mask=shared.mask, shared_prompts=shared.slots, fused_lm_head=True,
+        attention_mask=mask_is_known, shared_prompts=shared.attention, fused_lm_head=True,
     )  # fmt: skip
 
     def completions(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -83,7 +84,7 @@ def batch_logprobs(
     All ranks make as many forwards (ZeRO-3 gathers weights in each). A collective.
     """
     forwards = -(-len(batch) // rollouts_at_once)
-    rows = how.rows(batch, forwards)
+    rows = how.rows(batch)
     if how.token_budget is not None:
         forwards = max(forwards, *how.gather([rows.groups_needed(how.token_budget)]))
     found: dict[int, torch.Tensor] = {}

@@ -3,11 +3,12 @@
 The row is a prompt without its last token, then the prompt's completions one after another, then the next prompt. A
 completion of T tokens has T places: the prompt's last token and all tokens of the completion but the last, so each
 place predicts one token of the completion. Within the row only attention knows of sequences: a prompt attends to
-itself, a completion to its prompt and itself. Attention pads; no other layer does.
+itself, a completion to its prompt and itself. It takes them in blocks, each padded to sequences of similar length;
+no other layer pads.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,20 +23,42 @@ IGNORED = -100
 """A label of which no logprob is computed."""
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """Whose layers, but for attention, treat each token alone."""
+PARTS, PART = 4, 64
+"""Into how many parts a sequence's queries are divided at most, and the least length of one: a part does not compute
+the keys that come after it."""
+CALL = {"cpu": 1024}
+"""Pairs of a query and a key, of all heads, that take as long as one more call of attention, by device."""
+CALL_OF_OTHERS = 1 << 18
 
 
-class Slots(NamedTuple):
-    """Where the row's T tokens are in attention, for G prompts of up to S shared tokens.
+class Sequence(NamedTuple):
+    """Places of the row: the last of `keys` are those of `queries`, each of which attends to all before it."""
 
-    Each has up to K completions of up to L tokens; padding names any place of the row.
-    """
+    queries: torch.Tensor
+    keys: torch.Tensor
 
-    prompts: torch.Tensor
-    """[G, S], places in the row."""
-    completions: torch.Tensor
-    """[G, K, L], places in the row."""
+    @property
+    def prefix(self) -> int:
+        return len(self.keys) - len(self.queries)
+
+
+class Block(NamedTuple):
+    """B sequences in one call of attention; padding names any place of the row."""
+
+    queries: torch.Tensor
+    """[B, Q], places in the row."""
+    keys: torch.Tensor
+    """[B, N], places in the row."""
+    mask: torch.Tensor | None
+    """bool [B or 1, 1, Q, N]; None: causal, Q == N."""
+
+
+class Blocks(NamedTuple):
+    """How attention computes the T tokens of a row."""
+
+    blocks: list[Block]
     row: torch.Tensor
-    """[T], places in the two above, flattened, one after the other."""
+    """[T], places in the blocks' queries, flattened, one block after the other."""
 
 
 class SharedPrompts(NamedTuple):
@@ -47,11 +70,9 @@ class SharedPrompts(NamedTuple):
     """[1, T]"""
     labels: torch.Tensor
     """[1, T], the token that each place predicts, `IGNORED` where none counts."""
-    mask: torch.Tensor
-    """bool [G, 1, L, S + L], the places of its prompt and of itself that a completion's place attends to."""
-    slots: Slots
+    attention: Blocks
     places: torch.Tensor
-    """[N], places of completions in the row."""
+    """[N], of completions in the row."""
     entries: torch.Tensor
     """[N], of [B, longest], flattened."""
 
@@ -64,7 +85,7 @@ def can_share(config: PretrainedConfig) -> bool:
 
 
 def share_prompts(
-    prompts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor], counts: Sequence[bool]
+    prompts: list[torch.Tensor], completions: list[torch.Tensor], counts: list[bool], device_type: str = "cpu"
 ) -> SharedPrompts:
     """The row of B rollouts, of which those of one prompt follow one another.
 
@@ -72,47 +93,108 @@ def share_prompts(
         prompts: [P_i], P_i >= 1, of each rollout.
         completions: [T_i], T_i >= 1.
         counts: Whether the rollout's tokens are scored.
+        device_type: Of the device that computes it.
     """
-    groups = [list(group) for _, group in itertools.groupby(range(len(prompts)), lambda i: prompts[i].tolist())]
-    shared, longest = [len(prompts[group[0]]) - 1 for group in groups], max(map(len, completions))
-    of_prompts = torch.full((len(groups), max(shared)), -1)
-    of_completions = torch.full((len(groups), max(map(len, groups)), longest), -1)
+    longest = max(map(len, completions))
     ids, positions, labels, places, entries, used = [], [], [], [], [], 0
-    for g, (group, length) in enumerate(zip(groups, shared, strict=True)):
-        prompt, common = prompts[group[0]], torch.arange(length)
+    sequences: list[Sequence] = []
+    for _, group in itertools.groupby(range(len(prompts)), lambda i: prompts[i].tolist()):
+        members = list(group)
+        prompt = prompts[members[0]]
+        length = len(prompt) - 1
+        shared = used + torch.arange(length)
         ids.append(prompt[:-1])
-        positions.append(common)
+        positions.append(torch.arange(length))
         labels.append(torch.full((length,), IGNORED))
-        of_prompts[g, :length] = used + common
         used += length
-        for k, i in enumerate(group):
+        for i in members:
             own = torch.arange(len(completions[i]))
             ids += [prompt[-1:], completions[i][:-1]]
             positions.append(length + own)
             labels.append(completions[i] if counts[i] else torch.full_like(own, IGNORED))
-            of_completions[g, k, : len(own)] = used + own
             places.append(used + own)
             entries.append(i * longest + own)
             used += len(own)
-    slots = torch.cat([of_prompts.flatten(), of_completions.flatten()])
-    row = torch.empty(used, dtype=torch.long)
-    row[slots[slots >= 0]] = (slots >= 0).nonzero()[:, 0]
-    # Gradients of padding are 0; added to many tokens, they do not wait for one another.
-    slots = torch.where(slots < 0, torch.arange(len(slots)) % used, slots)
-    within_prompt = torch.arange(max(shared)) < torch.tensor(shared)[:, None, None]
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    in_prompts, in_completions = slots.split([of_prompts.numel(), of_completions.numel()])
-    mask = torch.cat([within_prompt.expand(-1, longest, -1), causal.expand(len(groups), -1, -1)], 2)
+        wholes = [torch.cat([shared, own]) for own in places[-len(members) :]]
+        if len(members) == 1:
+            sequences.append(Sequence(wholes[0], wholes[0]))
+        else:
+            sequences += [Sequence(shared, shared)] * (length > 0)
+            sequences += [Sequence(whole[length:], whole) for whole in wholes]
     return SharedPrompts(
-        torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(labels)[None], mask[:, None],
-        Slots(in_prompts.view_as(of_prompts), in_completions.view_as(of_completions), row),
-        torch.cat(places), torch.cat(entries),
+        torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(labels)[None],
+        _blocks(sequences, used, device_type), torch.cat(places), torch.cat(entries),
     )  # fmt: skip
+
+
+def _blocks(sequences: list[Sequence], tokens: int, device_type: str) -> Blocks:
+    """The calls of attention that take the least time."""
+    parts = [part for sequence in sequences for part in _parts(sequence)] if device_type == "cpu" else sequences
+    parts.sort(key=lambda part: (part.prefix, len(part.queries)))
+    sizes = torch.tensor([(part.prefix, len(part.queries)) for part in parts])
+    blocks, row, used = [], torch.empty(tokens, dtype=torch.long), 0
+    for first, last in _divided(sizes, CALL.get(device_type, CALL_OF_OTHERS)):
+        block, (prefix, width) = parts[first:last], sizes[first:last].amax(0).tolist()
+        # Gradients of padding are 0; added to many tokens, they do not wait for one another.
+        queries = torch.arange(len(block) * width).view(len(block), width) % tokens
+        keys = torch.arange(len(block) * (prefix + width)).view(len(block), prefix + width) % tokens
+        for i, part in enumerate(block):
+            own = len(part.queries)
+            queries[i, :own] = part.queries
+            keys[i, : part.prefix] = part.keys[: part.prefix]
+            keys[i, prefix : prefix + own] = part.queries
+            row[part.queries] = used + i * width + torch.arange(own)
+        used += queries.numel()
+        blocks.append(Block(queries, keys, _mask(sizes[first:last, 0], width)))
+    return Blocks(blocks, row)
+
+
+def _parts(sequence: Sequence) -> Iterator[Sequence]:
+    """The sequence's queries in parts, each with the keys up to its end."""
+    parts = max(1, min(PARTS, len(sequence.queries) // PART))
+    bounds = [len(sequence.queries) * i // parts for i in range(parts + 1)]
+    for first, last in itertools.pairwise(bounds):
+        yield Sequence(sequence.queries[first:last], sequence.keys[: sequence.prefix + last])
+
+
+def _divided(sizes: torch.Tensor, call: int) -> list[tuple[int, int]]:
+    """Ranges of consecutive sequences, one for each block, with the least cost.
+
+    A block costs its pairs of a query and a key, padding included, and `call`.
+
+    Args:
+        sizes: [n, 2], each sequence's prefix and number of queries, prefixes ascending.
+    """
+    count = len(sizes)
+    least = torch.zeros(count + 1, dtype=torch.long)
+    begins = [0] * (count + 1)
+    for last in range(1, count + 1):
+        width = sizes[:last, 1].flip(0).cummax(0).values.flip(0)
+        pairs = torch.arange(last, 0, -1) * width * (sizes[last - 1, 0] + width)
+        cost = least[:last] + pairs + call
+        begins[last] = int(cost.argmin())
+        least[last] = cost[begins[last]]
+    ranges, last = [], count
+    while last > 0:
+        ranges.append((begins[last], last))
+        last = begins[last]
+    return ranges[::-1]
+
+
+def _mask(prefixes: torch.Tensor, width: int) -> torch.Tensor | None:
+    """Of a block's sequences with `prefixes` [B]; one for all where these are equal."""
+    most = int(prefixes.max())
+    if most == 0:
+        return None
+    prefixes = prefixes[:1] if bool((prefixes == most).all()) else prefixes
+    within = torch.arange(most) < prefixes[:, None, None]
+    causal = torch.ones(width, width, dtype=torch.bool).tril().expand(len(prefixes), -1, -1)
+    return torch.cat([within.expand(-1, width, -1), causal], 2)[:, None]
 
 
 def attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, shared_prompts: Slots | None = None, **options,
+    attention_mask: torch.Tensor | None, shared_prompts: Blocks | None = None, **options,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """transformers' attention interface: [1, heads, T, width] each -> [1, T, heads, width].
 
@@ -121,36 +203,18 @@ def attend(
     """
     if shared_prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    prompts, completions, row = shared_prompts
-    rows = completions.size(1)
-    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, width]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, width]
 
-    def of_prompts(x: torch.Tensor) -> torch.Tensor:
-        """[G, S, heads, width]"""
-        return x.index_select(0, prompts.flatten()).unflatten(0, prompts.shape)
+    def of(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """[B, heads, N, width]"""
+        return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
-    def of_completions(x: torch.Tensor) -> torch.Tensor:
-        """[G, K, L, heads, width]"""
-        return x.index_select(0, completions.flatten()).unflatten(0, completions.shape)
-
-    def by_head(x: torch.Tensor) -> torch.Tensor:
-        """[G, K, N, heads, width] -> [G, K x heads, N, width]: completions are heads, so a prompt has one mask."""
-        return x.transpose(2, 3).flatten(1, 2)
-
-    q, k, v = (of_prompts(x) for x in tokens)
     found = []
-    if prompts.numel():
-        found.append(sdpa_attention_forward(module, *(x.transpose(1, 2) for x in (q, k, v)), None, **options)[0])
-    keys, values = (
-        by_head(torch.cat([prompt[:, None].expand(-1, rows, -1, -1, -1), of_completions(x)], 2))
-        for prompt, x in ((k, tokens[1]), (v, tokens[2]))
-    )
-    queries = by_head(of_completions(tokens[0]))
-    output = sdpa_attention_forward(module, queries, keys, values, attention_mask, **options)[0]
-    # [G, L, K x heads, width] -> [G, K, L, heads, width]
-    found.append(output.unflatten(2, (rows, -1)).transpose(1, 2))
-    flat = torch.cat([x.flatten(0, -3) for x in found])  # [G x S + G x K x L, heads, width]
-    return flat.index_select(0, row)[None], None
+    for queries, keys, mask in shared_prompts.blocks:
+        q, k, v = of(query, queries), of(key, keys), of(value, keys)
+        output = sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **options)[0]
+        found.append(output.flatten(0, 1))  # [B x Q, heads, width]
+    return torch.cat(found).index_select(0, shared_prompts.row)[None], None
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -76,7 +76,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         sharing = kernel == SHARED_PROMPTS and not self.aux_loss_enabled
         self.micro_batching = MicroBatching(
             self.processing_class.pad_token_id, settings.token_budget, "flash" in kernel, sharing, regroup,
-            self.args.process_index, self.args.world_size, gather_object,
+            self.args.process_index, self.args.world_size, gather_object, self.accelerator.device.type,
         )  # fmt: skip
         self.pipeline: RolloutPipeline | None = None
         self.batch: RolloutBatch | None = None

@@ -22,7 +22,8 @@ def test_rollouts_are_identical_and_losses_too(tmp_path, name):
     assert [row[:4] for row in found["rollouts"]] == [row[:4] for row in expected["rollouts"]]
     for row, before in zip(found["rollouts"], expected["rollouts"], strict=True):
         rewards = {name: None if score is None else float(numpy.float32(score)) for name, score in row[4].items()}
-        assert (rewards, row[5]) == (before[4], before[5])
+        assert rewards == before[4]
+        assert row[5] == pytest.approx(before[5], rel=RELATIVE, abs=ABSOLUTE)  # the last bit depends on the processor
     assert len(found["steps"]) == len(expected["steps"])
     for step, before in zip(found["steps"], expected["steps"], strict=True):
         assert step.keys() == before.keys()

@@ -170,6 +170,6 @@ def test_a_shared_prompt_takes_the_memory_of_its_cost_in_tokens(as_on_a_gpu, dty
     own = [len(ids) for ids in batch.completion_ids]
     size = list(by_prompt([0] * 8, [prompt - 1] * 8, own).sizes(range(8)))[-1]
     assert size.tokens < size.cost < 8 * length
-    step = Step(size.cost, max(own) * size.width, held, compute, checkpointed)
+    step = Step(size.cost, max(own) * (prompt - 1 + max(own)), held, compute, checkpointed)
     estimate = step_memory(config, parameter_count(config), step)
     assert 0.9 * estimate < counted(config, dtype, checkpointed, batch, shared=True) < 1.1 * estimate

@@ -1,5 +1,8 @@
 """Rollouts that share their prompt in a forward: logprobs, entropies and gradients of each rollout alone."""
 
+import random
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +14,7 @@ from r1dist.config import GRPORun
 from r1dist.config.loader import build
 from r1dist.rl.batch import MicroBatching, RolloutBatch, build_micro_batches, collate
 from r1dist.rl.logprobs import batch_logprobs, forward
-from r1dist.rl.shared_prompts import ATTENTION, can_share
+from r1dist.rl.shared_prompts import ATTENTION, _divided, can_share, share_prompts
 from r1dist.rl.train import grpo_arguments
 
 PROMPTS = (5, 5, 5, 1, 1, 9, 7, 7)
@@ -117,16 +120,65 @@ def test_micro_batches_split_groups_and_add_up_to_the_same_gradient(budget):
     torch.testing.assert_close(torch.cat(own), alone(model, batch)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completions", "shared"),
-    [(120, (32, 48), True), (1000, (100, 8000), False), (1000, (900, 1000), True)],
-)
-def test_prompts_are_shared_where_that_saves_work(prompt, completions, shared):
-    """Completions that are long, and of unequal length within a group, cost more in attention than a prompt saves."""
-    lengths = torch.linspace(*completions, 8).long().tolist()
-    batch = grouped([prompt + group for group in range(8) for _ in range(8)], lengths * 8)
-    micro_batches = build_micro_batches(batch, 1, 1, MicroBatching(0, 16384, sharing=True))[0]
-    assert all((m.shared is not None) == shared for m in micro_batches)
+@pytest.mark.parametrize("draw", range(30))
+def test_any_groups_lengths_and_divisions_give_the_same_loss_and_gradient(draw):
+    """In float32 within 1e-5 of each rollout alone; sequences long enough to be computed in parts, too."""
+    chance = random.Random(draw)
+    longest = chance.choice([3, 40, 300])
+    groups = [(chance.randint(1, longest), chance.randint(1, 6)) for _ in range(chance.randint(1, 4))]
+    lengths = [prompt for prompt, count in groups for _ in range(count)]
+    completions = [chance.randint(1, longest) for _ in lengths]
+    model, batch = policy(shape(num_hidden_layers=2)), grouped(lengths, completions)
+    if chance.random() < 0.5:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = alone(model, batch)[0]
+    right = gradients(model, expected)
+    device_type = chance.choice(["cpu", "cuda"])  # in how many calls of attention
+    how = MicroBatching(0, chance.choice([None, longest]), sharing=True, device_type=device_type)
+    micro_batches = build_micro_batches(batch, 1, 1, how)[0]
+    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(1)).split(completions)
+    model.zero_grad()
+    loss = 0.0
+    for m in micro_batches:
+        logprobs, places = forward(model, m, packed=False).logprobs, m.advantages.long().tolist()
+        part = sum((row[: completions[p]] * weights[p]).sum() for row, p in zip(logprobs, places, strict=True))
+        part.backward()
+        loss += part.item()
+    right_loss = (expected * torch.cat(weights)).sum().item()
+    assert loss == pytest.approx(right_loss, rel=1e-5, abs=1e-5 * expected.abs().sum().item())
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (found - right).norm() < 1e-5 * right.norm()
+
+
+@pytest.mark.parametrize("draw", range(50))
+def test_sequences_are_divided_into_the_cheapest_calls(draw):
+    """Against every way to cut them."""
+    chance = random.Random(draw)
+    sizes = sorted((chance.randint(0, 30), chance.randint(1, 30)) for _ in range(chance.randint(1, 8)))
+    call = chance.choice([0, 200, 2000])
+
+    def cost(ranges) -> int:
+        return sum(
+            call + (b - a) * max(own for _, own in sizes[a:b]) * (sizes[b - 1][0] + max(own for _, own in sizes[a:b]))
+            for a, b in ranges
+        )
+
+    every = (
+        list(pairwise((0, *cuts, len(sizes))))
+        for n in range(len(sizes))
+        for cuts in combinations(range(1, len(sizes)), n)
+    )
+    assert cost(_divided(torch.tensor(sizes), call)) == min(map(cost, every))
+
+
+def test_attention_pads_little_on_a_cpu_and_calls_little_elsewhere():
+    prompts, completions = [torch.arange(100)] * 8, [torch.arange(n) for n in range(20, 340, 40)]
+    few, many = (
+        share_prompts(prompts, completions, [True] * 8, device).attention.blocks for device in ("cuda", "cpu")
+    )
+    assert len(few) <= 2 and len(many) > 8
+    exact = sum(len(c) * (99 + len(c)) for c in completions) + 99**2
+    assert sum(block.queries.numel() * block.keys.size(1) for block in many) < 0.8 * exact
 
 
 def test_models_whose_layers_mix_tokens_otherwise_do_not_share():
