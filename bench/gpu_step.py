@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import trl
 import yaml
-from step import GROUP, MICRO, PROMPTS, Bench, compare
+from beside_trl import Bench, compare
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Qwen2ForCausalLM
 
 from r1dist.cluster.memory import Sharding, peak, training_memory
@@ -42,7 +42,7 @@ class QwenBench(Bench):
     def make_model(self) -> PreTrainedModel:
         return save_random_qwen(self.path)
 
-    def arguments(self, longest: int, prompts: int = PROMPTS, **changes: Any) -> trl.GRPOConfig:
+    def arguments(self, longest: int, prompts: int | None = None, **changes: Any) -> trl.GRPOConfig:
         kwargs = {"dtype": "float32", "attn_implementation": attention()}
         gpu = torch.cuda.is_available()
         fields = {"use_cpu": not gpu, "bf16": gpu, "model_init_kwargs": kwargs, "gradient_checkpointing": True}
@@ -112,7 +112,8 @@ def estimate(bench: QwenBench, budget: int) -> int:
     tree = {
         "model": {"path": str(bench.path), "dtype": "float32"}, "output_dir": "unused", "bf16": True,
         "data": {"sources": [{"path": "tiny"}]}, "beta": 0.0, "train": {"token_budget": budget},
-        "per_device_train_batch_size": MICRO, "max_completion_length": bench.longest, "num_generations": GROUP,
+        "per_device_train_batch_size": bench.micro, "max_completion_length": bench.longest,
+        "num_generations": bench.group,
     }  # fmt: skip
     parts = training_memory(build(GRPORun, tree, "bench"), bench.shape, Sharding())
     return peak({name: size for name, size in parts.items() if not name.endswith("(generation)")})
@@ -128,8 +129,9 @@ def whole_step(steps: int) -> dict[str, Any]:
             "data": {"sources": [{"path": "tiny", "limit": 64 * steps}], "template": "chat"},
             "rollout": {"engine": "vllm", "transport": "ipc", "sleep": True, "max_logp_diff": 1e9},
             "train": {"token_budget": BUDGETS[0], "objective": "trl"}, "output_dir": str(folder / "run"),
-            "num_generations": GROUP, "per_device_train_batch_size": MICRO, "bf16": True, "max_steps": steps,
-            "gradient_accumulation_steps": PROMPTS * GROUP // MICRO, "max_completion_length": GENERATED,
+            "num_generations": bench.group, "per_device_train_batch_size": bench.micro, "bf16": True,
+            "max_steps": steps, "gradient_accumulation_steps": bench.prompts * bench.group // bench.micro,
+            "max_completion_length": GENERATED,
             "save_strategy": "no", "gradient_checkpointing": True,
         }  # fmt: skip
         config = folder / "run.yaml"

@@ -8,9 +8,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from beside_trl import Bench, Given, compare, table
 from datasets import Dataset
 from result import aim, show
-from step import GROUP, PROMPTS, ROOT, Bench, Given, compare, table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from r1dist.config import GRPORun, Verify
@@ -21,6 +21,7 @@ from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
 from r1dist.run.process import set_up_process
 
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs/recipes/smollm2-135m/r1_zero.yaml"
 LONGEST, CONTEXT = 48, 8192
 
@@ -41,7 +42,7 @@ class RealBench(Bench):
         texts = [self.tokenizer.decode(ids) for ids in rows["prompt_ids"]]
         columns = [{"prompt": text, "prompt_ids": row["prompt_ids"], "prompt_id": number}
                    for number, (text, row) in enumerate(zip(texts, rows, strict=True))]  # fmt: skip
-        return Dataset.from_list(columns), Given(rows["prompt_ids"], len(self.tokenizer), longest)
+        return Dataset.from_list(columns), Given(rows["prompt_ids"], len(self.tokenizer), longest, self.group)
 
 
 def main() -> None:
@@ -53,9 +54,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Pool(VERIFIERS, Verify(workers=1)) as pool:
         bench = RealBench(Path(folder), pool, options.steps)
         part = compare(bench, options.rounds, LONGEST, given=False)
-    prompt = sum(map(len, bench.dataset["prompt_ids"])) / PROMPTS
+    prompt = sum(map(len, bench.dataset["prompt_ids"])) / bench.prompts
     aims = {"real_step_ratio": aim(part["ratios"], 2, "higher")}
-    show("real", aims, parameters=bench.parameters, mean_prompt=prompt, rollouts=PROMPTS * GROUP,
+    show("real", aims, parameters=bench.parameters, mean_prompt=prompt, rollouts=bench.prompts * bench.group,
          table=table({"real": part}), **part)  # fmt: skip
 
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
+from beside_trl import ENDS
 from result import aim, show
 from rollout import random_model
-from step import ENDS
 
 from r1dist.run.process import set_up_process
 
