@@ -213,8 +213,7 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
     def end_step(self) -> None:
         """A collective."""
         self.clock.stop_if_running("train")
-        values = {"step_time": self.step_seconds, **self.step_metrics.gather()}
-        values |= {f"seconds/{phase}": seconds for phase, seconds in self.clock.take().items()}
+        values = {"step_time": self.step_seconds, **self.step_metrics.gather(), **self.clock.take()}
         values["memory/train"] = memory_gib()
         self.step_seconds = 0.0
         for name, value in values.items():

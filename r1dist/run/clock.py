@@ -1,9 +1,12 @@
-"""Seconds by phase of a training step, measured where they are spent."""
+"""Seconds by phase of a training step, measured where they are spent, and how much of the machine was idle in them."""
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import psutil
 
 
 class PhaseClock:
@@ -15,8 +18,9 @@ class PhaseClock:
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self._idle: dict[str, float] = defaultdict(float)  # seconds of all processors, by phase
         self._open: list[str] = []
-        self._since = 0.0
+        self._since, self._idle_before = 0.0, 0.0
 
     def start(self, name: str) -> None:
         self._charge()
@@ -41,13 +45,20 @@ class PhaseClock:
             self.stop(name)
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last call, by phase."""
+        """Of the time since the last call, `seconds/<phase>`, and `idle/<phase>`: the share of the processors' time in
+        which none of this machine's programs worked."""
         self._charge()
-        taken, self.seconds = dict(self.seconds), defaultdict(float)
+        taken = {f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()}
+        for phase, idle in self._idle.items():
+            if self.seconds[phase] > 0:
+                taken[f"idle/{phase}"] = min(1.0, idle / self.seconds[phase] / os.cpu_count())
+        self.seconds, self._idle = defaultdict(float), defaultdict(float)
         return taken
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now, times = time.perf_counter(), psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
-        self._since = now
+            self._idle[self._open[-1]] += idle - self._idle_before
+        self._since, self._idle_before = now, idle

@@ -101,7 +101,7 @@ def same(one, other) -> None:
 def learnt(run: Path) -> list[dict]:
     """What was logged of each step, without the clocks."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds/", "memory/", "step_time", "train_", "total_flos")
+    clocks = ("seconds/", "idle/", "memory/", "step_time", "train_", "total_flos")
     return [{key: value for key, value in line.items() if not key.startswith(clocks)} for line in lines]
 
 
