@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -40,7 +39,7 @@ SHRINK = 0.75
 COMMON = 64
 """Tokens that all prompts must begin with to be read once: a forward of their own costs about as many."""
 ROOM = 32
-"""Positions by which a full cache grows: transformers' own copies all of it for each token."""
+"""Least number of positions by which a full cache grows: transformers' own copies all of it for each token."""
 
 
 class _RoomyLayer(DynamicLayer):
@@ -56,7 +55,7 @@ class _RoomyLayer(DynamicLayer):
         taken = self.get_seq_length()
         needed = taken + key_states.shape[-2]
         if needed > self._all[0].shape[-2]:
-            self._all = [F.pad(states[..., :taken, :], (0, 0, 0, needed + ROOM - taken)) for states in self._all]
+            self._all = [_enlarged(states, taken, needed + max(ROOM, needed // 8)) for states in self._all]
         for states, new in zip(self._all, (key_states, value_states), strict=True):
             states[..., taken:needed, :] = new
         self._show(needed)
@@ -64,11 +63,18 @@ class _RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         taken = self.get_seq_length()
-        self._all = [states[indices] for states in self._all]
+        self._all = [states.index_select(0, indices) for states in self._all]
         self._show(taken)
 
     def _show(self, taken: int) -> None:
         self.keys, self.values = (states[..., :taken, :] for states in self._all)
+
+
+def _enlarged(states: torch.Tensor, taken: int, room: int) -> torch.Tensor:
+    """[..., room, width], of which the first `taken` positions are those of `states`, the others anything."""
+    large = states.new_empty(*states.shape[:-2], room, states.size(-1))
+    large[..., :taken, :] = states[..., :taken, :]
+    return large
 
 
 def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
