@@ -55,6 +55,12 @@ AIMS: dict[str, dict[str, Aim]] = {
             "lower",
         ),
     },
+    "decode": {
+        "decode_ratio": Aim(
+            "tokens per second of the in-process engine over 77065d9's, 128 sequences, SmolLM2-135M's shape", 1.4
+        ),
+        "decode_ratio_generate": Aim("the same over transformers' `generate`", 1.5),
+    },
     "rollout": {
         "throughput_ratio": Aim("tokens per second over vLLM's own offline generation, equal lengths", 0.9),
         "throughput_ratio_skewed": Aim("the same, skewed lengths", 0.9),

@@ -1,5 +1,8 @@
 """The first optimizer steps of small GRPO runs, as they were before the trainer was rewritten.
 
+Those of runs that generate in process were recorded anew when the engine's draws changed, by a trainer that had
+repeated the earlier ones.
+
 `python tests/step_records.py SETTING ...` records the named settings into tests/step_records/<name>.json;
 tests/integration/test_step_records.py compares the current code with them. With `--capture` this file is the launcher,
 and also writes each rollout's token ids.

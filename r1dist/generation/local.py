@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -31,54 +30,16 @@ from ..adapters import load_model
 from ..config import Model
 from ..data.templates import Template
 from ..models import attention, model_path
+from .attention import decoding_attention
+from .draw import SeededDraw
 from .engine import Request, Rollout, Sampling
 
-# Noise is drawn for several positions at once where the vocabulary is small: a call for every row and
-# position would cost more than the model.
-NOISE_BLOCK = 8192
 SHRINK = 0.75
 """Rows that have ended are taken out when this share of the batch is left: copying the cache costs about a step."""
 COMMON = 64
 """Tokens that all prompts must begin with to be read once: a forward of their own costs about as many."""
 ROOM = 32
-"""Positions by which a full cache grows: transformers' own copies all of it for each token."""
-
-
-class SeededDraw:
-    """Draws a token of each row from softmax(scores), row i by a generator of its own; without seeds, the best.
-
-    argmax(p / e) with e ~ Exp(1) is distributed as p (the exponential race).
-    """
-
-    def __init__(self, seeds: list[int] | None, device: torch.device):
-        self.generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self._drawn = 0
-        self._noise: torch.Tensor | None = None
-
-    def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, V] -> the tokens [B], and their logprobs [B]."""
-        logprobs = scores.float().log_softmax(dim=-1)
-        raced = logprobs if self.generators is None else logprobs - self._next_noise(logprobs).log()
-        tokens = raced.argmax(dim=-1)
-        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows alone."""
-        if self.generators is not None:
-            self.generators = [self.generators[row] for row in rows.tolist()]
-            self._noise = self._noise[rows]
-
-    def _next_noise(self, scores: torch.Tensor) -> torch.Tensor:
-        """Exponential noise [B, V] for the next position. The block depends on V alone, so rows repeat exactly."""
-        rows, vocabulary = scores.shape
-        block = max(1, NOISE_BLOCK // vocabulary)
-        place = self._drawn % block
-        if place == 0:
-            self._noise = scores.new_empty(rows, block, vocabulary)
-            for row, generator in zip(self._noise, self.generators, strict=True):
-                row.exponential_(generator=generator)
-        self._drawn += 1
-        return self._noise[:, place]
+"""Least number of positions by which a full cache grows: transformers' own copies all of it for each token."""
 
 
 class _RoomyLayer(DynamicLayer):
@@ -94,7 +55,7 @@ class _RoomyLayer(DynamicLayer):
         taken = self.get_seq_length()
         needed = taken + key_states.shape[-2]
         if needed > self._all[0].shape[-2]:
-            self._all = [F.pad(states[..., :taken, :], (0, 0, 0, needed + ROOM - taken)) for states in self._all]
+            self._all = [_enlarged(states, taken, needed + max(ROOM, needed // 8)) for states in self._all]
         for states, new in zip(self._all, (key_states, value_states), strict=True):
             states[..., taken:needed, :] = new
         self._show(needed)
@@ -102,11 +63,18 @@ class _RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         taken = self.get_seq_length()
-        self._all = [states[indices] for states in self._all]
+        self._all = [states.index_select(0, indices) for states in self._all]
         self._show(taken)
 
     def _show(self, taken: int) -> None:
         self.keys, self.values = (states[..., :taken, :] for states in self._all)
+
+
+def _enlarged(states: torch.Tensor, taken: int, room: int) -> torch.Tensor:
+    """[..., room, width], of which the first `taken` positions are those of `states`, the others anything."""
+    large = states.new_empty(*states.shape[:-2], room, states.size(-1))
+    large[..., :taken, :] = states[..., :taken, :]
+    return large
 
 
 def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
@@ -148,7 +116,9 @@ class InProcessEngine:
         with self.unwrapped() as model:
             for begin in range(0, len(order), self.batch_size):
                 chosen = order[begin : begin + self.batch_size]
-                yield from zip(chosen, self._decode(model, [requests[i] for i in chosen], sampling), strict=True)
+                with decoding_attention(model):
+                    rollouts = self._decode(model, [requests[i] for i in chosen], sampling)
+                yield from zip(chosen, rollouts, strict=True)
 
     def end_generation(self) -> None:
         pass

@@ -7,7 +7,7 @@ from conftest import ROOT
 from transformers import Qwen2Config
 
 SPELT_OUT = ("staleness", "rewards", "rollout", "sync", "checkpoint", "sample", "decontaminate", "scale", "first_run",
-             "real")  # fmt: skip
+             "real", "decode")  # fmt: skip
 """Benches that name each figure in their source; others put the names together."""
 
 
