@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from conftest import ROOT, SMALL_GRPO
+from conftest import ROOT, SMALL_GRPO, python
 
 from r1dist.generation.vllm.endpoints import read
 
@@ -63,7 +63,9 @@ RUNS = {
 @contextmanager
 def served(endpoints: Path, *words: str) -> Iterator[subprocess.Popen]:
     """`launch/serve.py` with the tiny model, once all of its servers are up; SIGTERM ends it."""
-    command = [sys.executable, "launch/serve.py", "--model.path", "tiny", "--endpoints", str(endpoints)]
+    # In a real Python, which no `kill_launched` ends; what it starts is started in a moment.
+    serve = f"import runpy, sys; sys.executable = {python()!r}; runpy.run_path('launch/serve.py', run_name='__main__')"
+    command = [sys.executable, "-c", serve, "--model.path", "tiny", "--endpoints", str(endpoints)]
     command += ["--dtype", "float32", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
