@@ -61,10 +61,13 @@ RUNS = {
 
 
 @contextmanager
-def served(endpoints: Path, *words: str) -> Iterator[subprocess.Popen]:
-    """`launch/serve.py` with the tiny model, once all of its servers are up; SIGTERM ends it."""
-    # In a real Python, which no `kill_launched` ends; what it starts is started in a moment.
-    serve = f"import runpy, sys; sys.executable = {python()!r}; runpy.run_path('launch/serve.py', run_name='__main__')"
+def served(endpoints: Path, *words: str, real: bool = False) -> Iterator[subprocess.Popen]:
+    """`launch/serve.py` with the tiny model, once all of its servers are up; SIGTERM ends it.
+
+    It runs in a real Python, so that no `kill_launched` ends it. Its servers are forked, unless they are to be `real`.
+    """
+    starts = sys.executable if real else python()
+    serve = f"import runpy, sys; sys.executable = {starts!r}; runpy.run_path('launch/serve.py', run_name='__main__')"
     command = [sys.executable, "-c", serve, "--model.path", "tiny", "--endpoints", str(endpoints)]
     command += ["--dtype", "float32", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

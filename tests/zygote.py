@@ -221,7 +221,10 @@ def main(stand_in: str, path: str) -> None:
     for listening, suffix in zip(sockets, ("", ".vllm"), strict=True):
         listening.bind(path + suffix)
         listening.listen(64)
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what is imported may tell something
     import accelerate.commands.launch  # noqa: F401
+    import torch._inductor.compile_fx  # and DeepSpeed this
     import torch.distributed.run  # noqa: F401
 
     import r1dist.cluster.job_launcher
@@ -239,6 +242,7 @@ def main(stand_in: str, path: str) -> None:
     import r1dist.sft.train  # noqa: F401
 
     gc.freeze()
+    os.dup2(answers, 1)
     server = Server(stand_in, sockets[0])
     server.with_vllm(sockets[1])
     print("up", flush=True)
