@@ -224,7 +224,10 @@ def main(stand_in: str, path: str) -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # what is imported may tell something
     import accelerate.commands.launch  # noqa: F401
-    import torch._inductor.compile_fx  # and DeepSpeed this
+
+    # Within any trainer accelerate imports DeepSpeed, which imports this.
+    import deepspeed  # noqa: F401
+    import torch._inductor.compile_fx
     import torch.distributed.run  # noqa: F401
 
     import r1dist.cluster.job_launcher
