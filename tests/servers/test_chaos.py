@@ -32,7 +32,7 @@ class Run:
     def __init__(self, folder: Path, accelerate: tuple[str, ...], replicas: int, env: dict | None = None, **settings):
         self.folder = folder / "run"
         self.weights = folder / "weights"
-        rollout = {"engine": "vllm", "weights_folder": str(self.weights), "serve": {"replicas": replicas}}
+        rollout = {"engine": "vllm", "weights_folder": str(self.weights), "serve": {"replicas": replicas, "cores": 1}}
         rollout |= settings.pop("rollout", {})
         tree = {**SMALL_GRPO, "output_dir": str(self.folder), "rollout": rollout, **settings}
         config = write_yaml(folder / "run.yaml", tree)
