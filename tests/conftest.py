@@ -19,6 +19,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# DeepSpeed's extension is built anew, for a minute, whenever another environment's paths were built last.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / "build" / "torch_extensions"))
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 sys.path += [str(ROOT / "tools"), str(ROOT / "tools" / "build_tiny")]

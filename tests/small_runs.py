@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from conftest import ROOT, SMALL_GRPO
+from conftest import ROOT, SMALL_GRPO, python
 
 from r1dist.generation.vllm.endpoints import read
 
@@ -61,10 +61,16 @@ RUNS = {
 
 
 @contextmanager
-def served(endpoints: Path, *words: str) -> Iterator[subprocess.Popen]:
-    """`launch/serve.py` with the tiny model, once all of its servers are up; SIGTERM ends it."""
-    command = [sys.executable, "launch/serve.py", "--model.path", "tiny", "--endpoints", str(endpoints)]
-    command += ["--dtype", "float32", *words]
+def served(endpoints: Path, *words: str, real: bool = False) -> Iterator[subprocess.Popen]:
+    """`launch/serve.py` with the tiny model, once all of its servers are up; SIGTERM ends it.
+
+    It runs in a real Python, so that no `kill_launched` ends it. Its servers are forked, unless they are to be `real`.
+    """
+    starts = sys.executable if real else python()
+    serve = f"import runpy, sys; sys.executable = {starts!r}; runpy.run_path('launch/serve.py', run_name='__main__')"
+    command = [sys.executable, "-c", serve, "--model.path", "tiny", "--endpoints", str(endpoints)]
+    # Told how many cores it has, a server's engine sleeps while its worker computes; by itself it spins.
+    command += ["--dtype", "float32", "--cores", "1", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
     while not (endpoints.exists() and all(server.state == "ready" for server in read(endpoints).servers)):

@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], list]] = {
         ("--config_file", "configs/accelerate/zero2_cpu.yaml"),
         ["--per_device_train_batch_size", "8"],
     ),
-    "vllm": (CPU, [*ONE, "--rollout.engine", "vllm", "--rollout.serve.replicas", "1"]),
+    "vllm": (CPU, [*ONE, "--rollout.engine", "vllm", "--rollout.serve.cores", "1"]),
     "dynamic_sampling": (
         CPU,
         [*ONE, "--steps_per_generation", "4", "--train.dynamic_sampling", "2", "--train.token_budget", "400"],

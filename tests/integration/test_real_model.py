@@ -47,6 +47,7 @@ def test_rl_rewards_what_the_model_samples(engine, tmp_path):
         pytest.importorskip("vllm")
     cpu = ("--config_file", "configs/accelerate/cpu.yaml")
     small = ("--gradient_accumulation_steps", 1, "--max_completion_length", 40, "--rollout.engine", engine)
+    small += ("--rollout.serve.cores", 1)
     run("grpo.py", RECIPES / "r1_zero.yaml", *small, *SMALL, tmp_path / "run", accelerate=cpu)
     first, second = metrics(tmp_path / "run")
     assert first["rewards/format/mean"] > 0 and first["grad_norm"] > 0 and second["step"] == 2

@@ -31,7 +31,11 @@ SMALL = {
     "save_steps": 30,
 }
 PAIRS, LABELS = (
-    {"loss": kind, "sources": [{"path": path}], "holdout": [{"path": path, "split": "test"}]}
+    {
+        "loss": kind,
+        "sources": [{"path": path, "limit": 2000}],
+        "holdout": [{"path": path, "split": "test", "limit": 400}],
+    }
     for kind, path in (("pairwise", "tiny_pairs"), ("pointwise", "tiny_judged"))
 )
 ROW = {"problem": "Say hello to Ann.", "kind": "talk"}

@@ -2,13 +2,12 @@
 
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 
 import pytest
-from conftest import launch, write_yaml
+from conftest import launch, python, write_yaml
 
 from r1dist.config import Reward, Source
 from r1dist.data.sources import load_labels
@@ -50,7 +49,7 @@ def test_a_served_reward_model_scores_as_in_process(tmp_path):
     command += ["--dtype", "float32", "--port", str(port), "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(2**28), "--gpu-memory-utilization", "0.1"]
     with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log)
+        server = subprocess.Popen([python(), *command], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 400
         while not _healthy(port):

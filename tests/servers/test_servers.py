@@ -35,29 +35,25 @@ PROMPT = [362, 301, 198, 18, 10, 19, 9, 17, 28, 360, 198, 362, 285, 310, 198]
 """The chat prompt of `3+4*2=`."""
 
 
-def servers_of(supervisor: int) -> list[psutil.Process]:
-    """Every process of the servers of one supervisor, which their environment names."""
-    return [p for p in psutil.process_iter() if _belongs(p, str(supervisor))]
-
-
-def _belongs(process: psutil.Process, supervisor: str) -> bool:
-    try:
-        return process.environ().get("R1DIST_SUPERVISOR") == supervisor
-    except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-        return False
-
-
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory):
-    """(endpoints file, supervisor) of two servers, stopped by SIGTERM at the end."""
+    """The endpoints file of two servers, stopped by SIGTERM at the end."""
     path = tmp_path_factory.mktemp("serve") / "endpoints.json"
-    with served(path, "--replicas", "2", "--max_model_len", "256", "--max-num-seqs", "64") as process:
-        yield path, process
+    with served(path, "--replicas", "2", "--max_model_len", "256", "--max-num-seqs", "64"):
+        yield path
 
 
 @pytest.fixture(scope="module")
 def endpoints(serving) -> Endpoints:
-    return read(serving[0])
+    return read(serving)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """(endpoints file, supervisor) of one server whose processes can be looked at: see start.py."""
+    path = tmp_path_factory.mktemp("real") / "endpoints.json"
+    with served(path, "--max_model_len", "256", "--max-num-seqs", "64", real=True) as process:
+        yield path, process
 
 
 @contextmanager
@@ -93,8 +89,7 @@ def asked(prompts: int, samples: int = 4) -> list[Request]:
 
 
 def test_the_endpoints_file_tells_all_and_only_its_owner(serving, endpoints):
-    path, _ = serving
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert serving.stat().st_mode & 0o777 == 0o600
     assert [server.name for server in endpoints.servers] == ["server0", "server1"]
     assert all(server.url.startswith("http://127.0.0.1:") for server in endpoints.servers)
     assert endpoints.transport == "shm" and len(endpoints.token) >= 32
@@ -125,7 +120,7 @@ def test_servers_that_fit_are_accepted(serving, endpoints, tokenizer, tmp_path, 
     token = tmp_path / "token"
     token.write_text(endpoints.token)
     urls = {"servers": endpoints.servers[0].url, "transport": "shm", "token_file": str(token)}
-    rollout = Rollout(engine="vllm", **(urls if by_url else {"servers": str(serving[0])}))
+    rollout = Rollout(engine="vllm", **(urls if by_url else {"servers": str(serving)}))
     for trains in (False, True):
         check_running(rollout, Demand(Model(path="tiny"), tokenizer, PROMPT, 256 - len(PROMPT), trains))
     small = Demand(Model(path="tiny-small"), tokenizer, PROMPT, 20, trains=True)
@@ -203,8 +198,23 @@ def test_an_update_whose_trainer_died_does_not_lock_the_next_one_out(endpoints, 
         assert engine.metrics()["rollout/servers"] == 2
 
 
+def test_a_run_that_needs_more_than_these_servers_hold_is_refused(serving, small_grpo, tmp_path):
+    rollout = {"engine": "vllm", "servers": str(serving)}
+    config = write_yaml(tmp_path / "run.yaml", {**small_grpo, "rollout": rollout})
+    done = launch("grpo.py", "--config", config, "--max_completion_length", "300")
+    assert done.returncode == 2, done.stderr
+    assert "holds 256 tokens, and 3" in done.stderr and "Start it with --max_model_len 3" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_group_of_servers_does_not_take_the_first_ones_file(serving):
+    done = launch("serve.py", "--model.path", "tiny", "--endpoints", serving)
+    assert done.returncode == 2 and "is there already" in done.stderr and serving.exists()
+
+
 @pytest.mark.parametrize("stopped", ["VLLM::EngineCore", "VLLM::Worker"])
-def test_an_engine_that_hangs_is_found_while_its_server_answers(endpoints, stopped):
+def test_an_engine_that_hangs_is_found_while_its_server_answers(real, stopped):
+    endpoints = read(real[0])
     family = psutil.Process(endpoints.servers[0].pid).children(recursive=True)
     [engine] = [process for process in family if process.name().startswith(stopped)]
 
@@ -235,24 +245,11 @@ def test_an_engine_that_hangs_is_found_while_its_server_answers(endpoints, stopp
     asyncio.run(go())
 
 
-def test_a_run_that_needs_more_than_these_servers_hold_is_refused(serving, small_grpo, tmp_path):
-    rollout = {"engine": "vllm", "servers": str(serving[0])}
-    config = write_yaml(tmp_path / "run.yaml", {**small_grpo, "rollout": rollout})
-    done = launch("grpo.py", "--config", config, "--max_completion_length", "300")
-    assert done.returncode == 2, done.stderr
-    assert "holds 256 tokens, and 3" in done.stderr and "Start it with --max_model_len 3" in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_second_group_of_servers_does_not_take_the_first_ones_file(serving):
-    done = launch("serve.py", "--model.path", "tiny", "--endpoints", serving[0])
-    assert done.returncode == 2 and "is there already" in done.stderr and serving[0].exists()
-
-
-def test_servers_do_not_outlive_a_supervisor_that_was_killed(serving):
-    _, process = serving
-    family = servers_of(process.pid)
-    assert len(family) >= 4  # two servers, their engines
+def test_servers_do_not_outlive_a_supervisor_that_was_killed(real):
+    path, process = real
+    server = psutil.Process(read(path).servers[0].pid)
+    family = [server, *server.children(recursive=True)]
+    assert len(family) >= 3  # with its engine and its worker
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     psutil.wait_procs(family, timeout=10)

@@ -6,13 +6,12 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from urllib.error import URLError
 
 import yaml
-from conftest import ROOT, launch, write_yaml
+from conftest import ROOT, launch, python, write_yaml
 
 PAGE = (ROOT / "docs" / "after_training.md").read_text(encoding="utf-8")
 
@@ -31,7 +30,7 @@ def test_the_pages_vllm_answers_the_pages_request(tmp_path):
     more = ["--port", port, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     with (tmp_path / "log").open("w") as log:
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-        server = subprocess.Popen([sys.executable, *words, *more], env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen([python(), *words, *more], env=environment, stdout=log, stderr=log)
     try:
         body = json.loads(re.search(r"-d '(.*?)'\n", PAGE, re.DOTALL)[1].replace("runs/worked", str(folder)))
         reply = asked(f"http://127.0.0.1:{port}/v1/chat/completions", body, server, tmp_path / "log")
