@@ -112,8 +112,8 @@ class Given:
 
 
 def reward(completions, **_) -> list[float]:
-    """Something that differs within a group and takes no time."""
-    return [(sum(map(ord, text)) % 7) / 6 for text in completions]
+    """Something that differs within a group and takes no time. Our texts begin with what the prompt has opened."""
+    return [(sum(map(ord, text[-4:])) % 7) / 6 for text in completions]
 
 
 class OneReward(Rewards):

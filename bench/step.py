@@ -110,8 +110,8 @@ def attention_seconds(given: Given) -> float:
     total = 0.0
     for prompt, group in given.completions.items():
         rows = [[torch.tensor(prompt)] * len(group), [torch.tensor(ids) for ids in group], [True] * len(group)]
-        for queries, keys, mask in share_prompts(*rows).attention.blocks:
-            q, k, v = (torch.randn(len(x), heads, x.size(1), width, requires_grad=True) for x in (queries, keys, keys))
+        for (count, queries, keys), mask in share_prompts(*rows).attention.blocks:
+            q, k, v = (torch.randn(count, heads, n, width, requires_grad=True) for n in (queries, keys, keys))
             began = time.perf_counter()
             output = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
             output.sum().backward()

@@ -1,5 +1,6 @@
 """A recipe as a graph: the stages, their inputs, and the commands that run them."""
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -100,6 +101,12 @@ class Graph:
         self.accelerate = Path(located(run.accelerate or ""))
         self.processes = None if run.launcher == "job" else _processes(self.accelerate)
         self.steps = self._ordered([step for stage in run.stages for step in self._steps(stage)])
+
+    def modules(self, steps: Iterable[Step]) -> list[str]:
+        """What processes of `steps` import."""
+        kinds = {"evaluate", *(step.stage.kind for step in steps)} - {"base"}
+        deepspeed = _accelerate(self.accelerate).get("distributed_type") == "DEEPSPEED"
+        return [KINDS[kind].module for kind in kinds] + ["deepspeed"] * deepspeed
 
     def output(self, name: str) -> Path | str:
         """The model or dataset that the stage `name` leaves."""
@@ -247,7 +254,7 @@ class Graph:
 def accelerate_launch(config: Path) -> list[str]:
     """The words after `python` that launch with an Accelerate configuration, wherever its DeepSpeed file is."""
     words = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    named = yaml.safe_load(config.read_text(encoding="utf-8")).get("deepspeed_config", {}).get("deepspeed_config_file")
+    named = _accelerate(config).get("deepspeed_config", {}).get("deepspeed_config_file")
     found = named if named is None else located(named)
     return words if found == named else [*words, "--deepspeed_config_file", found]
 
@@ -256,8 +263,13 @@ def _processes(accelerate: Path) -> int:
     """The training processes that an Accelerate configuration starts."""
     if not accelerate.is_file():
         raise UserError(f"accelerate: there is no file {accelerate}.")
-    config = yaml.safe_load(accelerate.read_text(encoding="utf-8"))
+    config = _accelerate(accelerate)
     return 1 if config.get("distributed_type", "NO") == "NO" else config["num_processes"]
+
+
+@functools.cache
+def _accelerate(config: Path) -> dict:
+    return yaml.safe_load(config.read_text(encoding="utf-8"))
 
 
 def missing_packages(steps: Iterable[Step]) -> str | None:

@@ -24,7 +24,7 @@ from ..run.children import code_noted, end_with_parent, forget, handing_on, last
 from ..run.forked import Forked, import_for_forks
 from .cards import write_cards
 from .goals import judge
-from .graph import EVALUATION, KINDS, Graph, Step, missing_packages
+from .graph import EVALUATION, Graph, Step, missing_packages
 from .manifest import Manifest, digest, inputs_of, settings_of
 from .page import write_page
 from .table import goals_list, stage_table
@@ -198,8 +198,7 @@ class Runner:
     @functools.cached_property
     def _forks(self) -> bool:
         """Whether steps run in forks of this process. It is asked before the first one is started."""
-        kinds = {"evaluate", *(step.stage.kind for step in self._unfinished())} - {"base"}
-        return self.graph.run.launcher == "accelerate" and import_for_forks(KINDS[kind].module for kind in kinds)
+        return self.graph.run.launcher == "accelerate" and import_for_forks(self.graph.modules(self._unfinished()))
 
     def _failure(self, step: Step, code: int) -> str:
         log = self._log(step)

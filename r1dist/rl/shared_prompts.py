@@ -43,22 +43,24 @@ class Sequence(NamedTuple):
 
 
 class Block(NamedTuple):
-    """B sequences in one call of attention; padding names any place of the row."""
+    """One call of attention."""
 
-    queries: torch.Tensor
-    """[B, Q], places in the row."""
-    keys: torch.Tensor
-    """[B, N], places in the row."""
+    shape: tuple[int, int, int]
+    """B sequences, Q queries and N keys of each."""
     mask: torch.Tensor | None
     """bool [B or 1, 1, Q, N]; None: causal, Q == N."""
 
 
 class Blocks(NamedTuple):
-    """How attention computes the T tokens of a row."""
+    """How attention computes the T tokens of a row. Padding names any place of it."""
 
+    queries: torch.Tensor
+    """[sum of B x Q], places in the row, of one block after the other."""
+    keys: torch.Tensor
+    """[sum of B x N], places in the row."""
     blocks: list[Block]
     row: torch.Tensor
-    """[T], places in the blocks' queries, flattened, one block after the other."""
+    """[T], places in `queries`."""
 
 
 class SharedPrompts(NamedTuple):
@@ -132,12 +134,13 @@ def _blocks(sequences: list[Sequence], tokens: int, device_type: str) -> Blocks:
     parts = [part for sequence in sequences for part in _parts(sequence)] if device_type == "cpu" else sequences
     parts.sort(key=lambda part: (part.prefix, len(part.queries)))
     sizes = torch.tensor([(part.prefix, len(part.queries)) for part in parts])
-    blocks, row, used = [], torch.empty(tokens, dtype=torch.long), 0
+    blocks, of_queries, of_keys, row, used = [], [], [], torch.empty(tokens, dtype=torch.long), 0
     for first, last in _divided(sizes, CALL.get(device_type, CALL_OF_OTHERS)):
         block, (prefix, width) = parts[first:last], sizes[first:last].amax(0).tolist()
+        shape = len(block), width, prefix + width
         # Gradients of padding are 0; added to many tokens, they do not wait for one another.
-        queries = torch.arange(len(block) * width).view(len(block), width) % tokens
-        keys = torch.arange(len(block) * (prefix + width)).view(len(block), prefix + width) % tokens
+        queries = torch.arange(shape[0] * shape[1]).view(shape[:2]) % tokens
+        keys = torch.arange(shape[0] * shape[2]).view(shape[0], shape[2]) % tokens
         for i, part in enumerate(block):
             own = len(part.queries)
             queries[i, :own] = part.queries
@@ -145,8 +148,10 @@ def _blocks(sequences: list[Sequence], tokens: int, device_type: str) -> Blocks:
             keys[i, prefix : prefix + own] = part.queries
             row[part.queries] = used + i * width + torch.arange(own)
         used += queries.numel()
-        blocks.append(Block(queries, keys, _mask(sizes[first:last, 0], width)))
-    return Blocks(blocks, row)
+        of_queries.append(queries.flatten())
+        of_keys.append(keys.flatten())
+        blocks.append(Block(shape, _mask(sizes[first:last, 0], width)))
+    return Blocks(torch.cat(of_queries), torch.cat(of_keys), blocks, row)
 
 
 def _parts(sequence: Sequence) -> Iterator[Sequence]:
@@ -203,15 +208,23 @@ def attend(
     """
     if shared_prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, width]
+    shapes = [block.shape for block in shared_prompts.blocks]
+    queries = [rows * width for rows, width, _ in shapes]
+    keys = [rows * width for rows, _, width in shapes]
 
-    def of(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """[B, heads, N, width]"""
-        return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+    def of_blocks(x: torch.Tensor, places: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """[B x N, heads, width] of each block. Gathered at once: a gradient of the whole row is made for each time."""
+        return list(x[0].transpose(0, 1).index_select(0, places).split(counts))
 
     found = []
-    for queries, keys, mask in shared_prompts.blocks:
-        q, k, v = of(query, queries), of(key, keys), of(value, keys)
+    for (shape, mask), *gathered in zip(
+        shared_prompts.blocks,
+        of_blocks(query, shared_prompts.queries, queries),
+        of_blocks(key, shared_prompts.keys, keys),
+        of_blocks(value, shared_prompts.keys, keys),
+        strict=True,
+    ):
+        q, k, v = (x.unflatten(0, (shape[0], -1)).transpose(1, 2) for x in gathered)  # [B, heads, N, width]
         output = sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **options)[0]
         found.append(output.flatten(0, 1))  # [B x Q, heads, width]
     return torch.cat(found).index_select(0, shared_prompts.row)[None], None

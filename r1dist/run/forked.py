@@ -22,6 +22,7 @@ def import_for_forks(modules: Iterable[str]) -> bool:
 
     if torch.cuda.is_available():
         return False
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     for module in ("accelerate.commands.launch", "torch.distributed.run", *modules):
         importlib.import_module(module)
     gc.freeze()  # a collection in a fork would copy all that is shared
