@@ -142,7 +142,9 @@ def main() -> None:
         aims[f"growth_{name}"] = aim(ratios, 1.15, "lower")
     if os.environ.get("RANK", "0") == "0":
         mean = bench.given.tokens / (bench.prompts * bench.group)
-        show("step", aims, parameters=bench.parameters, mean_length=mean, table=table(parts), **parts)
+        rows = table(parts)
+        beside = {"table": rows} if len(rows) > 1 else {}
+        show("step", aims, parameters=bench.parameters, mean_length=mean, **beside, **parts)
 
 
 if __name__ == "__main__":
