@@ -73,7 +73,7 @@ class Given:
         centre = math.log(longest / 4) - spread**2 / 2
         self.completions = {
             tuple(prompt): [
-                [draw.randrange(20, vocabulary - 8) for _ in range(max(1, min(longest, round(length))))]
+                [draw.randrange(20 + ENDS, vocabulary - 8) for _ in range(max(1, min(longest, round(length))))]
                 for length in (draw.lognormvariate(centre, spread) for _ in range(group))
             ]
             for prompt in prompts
@@ -112,8 +112,8 @@ class Given:
 
 
 def reward(completions, **_) -> list[float]:
-    """Something that differs within a group and takes no time. Our texts begin with what the prompt has opened."""
-    return [(sum(map(ord, text[-4:])) % 7) / 6 for text in completions]
+    """Something that differs within a group and takes no time."""
+    return [(sum(map(ord, text)) % 7) / 6 for text in completions]
 
 
 class OneReward(Rewards):
