@@ -42,6 +42,6 @@ class Model:
     attn_implementation: MayChange[str] = "auto"
     """The attention kernel of transformers: `sdpa`, `eager`, `flash_attention_2`, ... `auto`: flash attention on a GPU
     where it is installed, else `sdpa`. With flash attention rollouts are trained on without padding,
-    with `sdpa` a prompt is computed once for its rollouts, where that saves work."""
+    with `sdpa` so, too, and a prompt is computed once for its rollouts (Llama, Mistral, Qwen2 and Qwen3)."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights (needs `peft`)."""
