@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from r1dist.config import Rollout, ServeRun
 from r1dist.errors import UserError
-from r1dist.generation.vllm import devices
+from r1dist.generation.vllm import devices, plugin
 from r1dist.generation.vllm.client import Client
 from r1dist.generation.vllm.command import command
 from r1dist.generation.vllm.devices import place_servers
@@ -28,7 +28,7 @@ from r1dist.tiny import BASE_DIR
 vllm = pytest.importorskip("vllm")
 
 from vllm.config import CacheConfig  # noqa: E402
-from vllm.distributed.device_communicators import pynccl  # noqa: E402
+from vllm.distributed.device_communicators import pynccl, shm_broadcast  # noqa: E402
 from vllm.distributed.weight_transfer import base, factory, ipc_engine, nccl_engine  # noqa: E402
 from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args  # noqa: E402
@@ -57,6 +57,17 @@ def test_our_transport_is_registered_by_the_entry_point():
     engine = factory.WeightTransferEngineFactory._registry["shm"]()
     assert issubclass(engine, base.WeightTransferEngine)
     assert not inspect.isabstract(engine)
+
+
+def test_an_engine_on_cores_sleeps_while_its_worker_computes(monkeypatch):
+    """Whether or not it was told its cores."""
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr(shm_broadcast, "sched_yield", shm_broadcast.sched_yield)
+    naps = []
+    monkeypatch.setattr(plugin.time, "sleep", naps.append)
+    plugin.register()
+    shm_broadcast.sched_yield()
+    assert naps == [plugin.NAP]
 
 
 def test_a_server_can_tell_how_its_engine_does():

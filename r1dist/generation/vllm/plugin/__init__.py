@@ -14,12 +14,13 @@ NAP = 0.0001
 def register() -> None:
     """vLLM's `general_plugins` entry point; vLLM calls it in each of its processes."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
 
     if "shm" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             "shm", "r1dist.generation.vllm.plugin.files", "FileWeightTransferEngine"
         )
-    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+    if current_platform.is_cpu():
         _wait_asleep()
     if OWNER in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[OWNER]),), name="r1dist-owner", daemon=True).start()
