@@ -27,7 +27,7 @@ from r1dist.generation.engine import Request, Rollout
 from r1dist.generation.trainer_engines import local_engine, server_engine
 from r1dist.rewards import Rewards
 from r1dist.rewards.pool import Pool
-from r1dist.rl.shared_prompts import ATTENTION as SHARED_PROMPTS
+from r1dist.rl.shared_attention import ATTENTION as SHARED_PROMPTS
 from r1dist.rl.trainer import GRPOTrainer
 
 LONGEST = 512

@@ -4,7 +4,7 @@ Each part fits into ten minutes and needs no network: the models have random wei
 
 `rollouts`: trains `--steps` steps of GRPO with each transport that the machine has GPUs for, and once with sleep, and
 reports for each: seconds by phase, the largest `rollout/logp_diff`, and GiB in use on the GPU while generating and
-while training. `attention`: logprobs of flash attention over packed rollouts beside sdpa over padded ones. `training`:
+while training. `attention`: logprobs of flash attention over shared prompts beside those of padded sdpa. `training`:
 a step over given rollouts, 8k and 16k tokens to a forward: tokens per second, share of the chip's peak, peak memory
 and what `--dry_run` estimates; and beside stock TRL. `step`: whole steps beside TRL's with vLLM in its process.
 
@@ -82,10 +82,10 @@ def checks(parts: dict[str, dict]) -> Iterator[tuple[str, bool | None, str]]:
         yield f"rollouts, {name}", run["finished"], f"{run['steps']} steps"
         yield f"logprobs, {name}", diff is not None and diff <= MOST_LOGP_DIFF, f"differ by {diff}"
     if "attention" in parts:
-        packed, padded = parts["attention"]["packed"], parts["attention"]["padded"]
-        ratio = packed["mean_diff"] / padded["mean_diff"]
-        passed = None if packed["attention"] == "sdpa" else ratio <= MOST_WORSE
-        yield f"{packed['attention']}, packed", passed, f"{ratio:.3g} times sdpa's distance from float32"
+        shared, padded = parts["attention"]["shared"], parts["attention"]["padded"]
+        ratio = shared["mean_diff"] / padded["mean_diff"]
+        passed = None if shared["attention"] == "sdpa" else ratio <= MOST_WORSE
+        yield f"{shared['attention']}, shared prompts", passed, f"{ratio:.3g} times sdpa's distance from float32"
     for budget in BUDGETS if "training" in parts else ():
         found = parts["training"][str(budget)]
         error = found["estimated_gib"] / found["peak_gib"] - 1

@@ -22,6 +22,7 @@ from r1dist.config import GRPORun, Verify
 from r1dist.config.loader import build
 from r1dist.rewards import VERIFIERS
 from r1dist.rewards.pool import Pool
+from r1dist.rl.shared_attention import sharing_attention
 from r1dist.tiny import BASE_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +44,14 @@ class QwenBench(Bench):
         return save_random_qwen(self.path)
 
     def arguments(self, longest: int, prompts: int | None = None, **changes: Any) -> trl.GRPOConfig:
-        kwargs = {"dtype": "float32", "attn_implementation": attention()}
+        kwargs = {"dtype": "float32", "attn_implementation": attention()} | changes.pop("model_init_kwargs", {})
         gpu = torch.cuda.is_available()
         fields = {"use_cpu": not gpu, "bf16": gpu, "model_init_kwargs": kwargs, "gradient_checkpointing": True}
         return super().arguments(longest, prompts, **fields | changes)
 
-    own_arguments = arguments
+    def own_arguments(self, longest: int, prompts: int | None = None, **changes: Any) -> trl.GRPOConfig:
+        kernel = sharing_attention(attention())
+        return self.arguments(longest, prompts, model_init_kwargs={"attn_implementation": kernel}, **changes)
 
 
 def save_random_qwen(path: Path) -> PreTrainedModel:
@@ -72,7 +75,8 @@ def training(rounds: int, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {"attention": attention()}
     with tempfile.TemporaryDirectory() as folder, Pool(VERIFIERS, Verify(workers=1)) as pool:
         bench = QwenBench(Path(folder), pool, steps)
-        lengths = [len(prompt) + len(ids) for prompt, group in bench.given.completions.items() for ids in group]
+        lengths = [len(ids) for group in bench.given.completions.values() for ids in group]
+        lengths += map(len, bench.given.completions)  # a prompt is computed once
         for budget in BUDGETS:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()

@@ -41,7 +41,7 @@ class Model:
     """The dtype of the weights held by the trainer. Mixed precision is `bf16`, TRL's field."""
     attn_implementation: MayChange[str] = "auto"
     """The attention kernel of transformers: `sdpa`, `eager`, `flash_attention_2`, ... `auto`: flash attention on a GPU
-    where it is installed, else `sdpa`. With flash attention rollouts are trained on without padding,
-    with `sdpa` so, too, and a prompt is computed once for its rollouts (Llama, Mistral, Qwen2 and Qwen3)."""
+    where it is installed, else `sdpa`. With either, a Llama, Mistral, Qwen2 or Qwen3 is trained on rollouts without
+    padding, and computes a prompt once for them; with flash attention other models do without padding, too."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights (needs `peft`)."""

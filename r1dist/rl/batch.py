@@ -123,12 +123,13 @@ class MicroBatch:
 
 
 def collate(
-    batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0, shared: bool = False, device_type: str = "cpu"
-) -> MicroBatch:
+    batch: RolloutBatch, pad_id: int, micro_step_tokens: float = 0.0, shared: bool = False, device_type: str = "cpu",
+    by_varlen: bool = False,
+) -> MicroBatch:  # fmt: skip
     """All rollouts of `batch` as one micro-batch, as wide as the longest prompt and the longest completion.
 
-    `shared`: the forward, by a device of `device_type`, holds each prompt once; rollouts of one prompt follow one
-    another.
+    `shared`: the forward holds each prompt once; rollouts of one prompt follow one another. `device_type` and
+    `by_varlen` are those of `share_prompts`.
     """
 
     def padded(values: list[torch.Tensor] | None, value: float, side: str = "right") -> torch.Tensor | None:
@@ -137,6 +138,7 @@ def collate(
     def ones(values: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.ones_like(value) for value in values]
 
+    sharing = (batch.prompt_ids, batch.completion_ids, batch.counts, device_type, by_varlen)
     mask = padded(ones(batch.completion_ids), 0) * torch.tensor(batch.counts).long()[:, None]
     prompts = padded(batch.prompt_ids, pad_id, "left")
     prompt_mask = padded(ones(batch.prompt_ids), 0, "left")
@@ -149,7 +151,7 @@ def collate(
         old_logprobs=padded(batch.old_logprobs, 0.0),
         reference_logprobs=padded(batch.reference_logprobs, 0.0),
         micro_step_tokens=micro_step_tokens,
-        shared=share_prompts(batch.prompt_ids, batch.completion_ids, batch.counts, device_type) if shared else None,
+        shared=share_prompts(*sharing) if shared else None,
     )
 
 
@@ -161,7 +163,7 @@ class MicroBatching:
     token_budget: int | None = None
     """Most tokens of a forward. A longer rollout is alone in its own. None: no bound."""
     packed: bool = False
-    """Forwards carry no padding, so its columns cost nothing."""
+    """The attention is a varlen kernel: forwards carry no padding, so its columns cost nothing."""
     sharing: bool = False
     """The model can hold a prompt once for all its rollouts."""
     regroup: bool = True
@@ -184,7 +186,7 @@ class MicroBatching:
 
     def collate(self, batch: RolloutBatch, rows: Rows, places: list[int], tokens: float = 0.0) -> MicroBatch:
         """One of the groups of `rows`; `tokens`: its `micro_step_tokens`."""
-        return collate(batch.select(places), self.pad_id, tokens, rows.shared, self.device_type)
+        return collate(batch.select(places), self.pad_id, tokens, rows.shared, self.device_type, self.packed)
 
 
 def build_micro_batches(

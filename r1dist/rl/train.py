@@ -27,7 +27,7 @@ from ..rewards.registry import isolated, source_digests
 from ..run.process import set_up_process
 from ..run.progress import show_progress
 from ..run.setup import check_rows, computing_dtype, hardware_defaults, run_folder, trl_arguments
-from .shared_prompts import ATTENTION as SHARED_PROMPTS
+from .shared_attention import sharing_attention
 from .shared_prompts import can_share
 from .trainer import GRPOTrainer
 
@@ -93,8 +93,8 @@ def grpo_arguments(run: GRPORun) -> trl.GRPOConfig:
     # TRL's own evaluation, which is not used, wants whole groups.
     values["per_device_eval_batch_size"] = trl_value(run, "num_generations")
     loading = model_init_kwargs(run.model, values)
-    if loading["attn_implementation"] == "sdpa" and can_share(load_model_config(run.model)):
-        loading["attn_implementation"] = SHARED_PROMPTS
+    if can_share(load_model_config(run.model)):
+        loading["attn_implementation"] = sharing_attention(loading["attn_implementation"])
     return trl_arguments(trl.GRPOConfig, **values, model_init_kwargs=loading)
 
 

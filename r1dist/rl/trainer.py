@@ -38,7 +38,7 @@ from .loss import LossConfig, grpo_loss, loss_normalizer
 from .prompts import Prompts
 from .reference import restore_reference, save_reference_link, use_reference_reset
 from .rollouts import RolloutPipeline
-from .shared_prompts import ATTENTION as SHARED_PROMPTS
+from .shared_attention import ATTENTION, VARLEN_ATTENTION
 
 
 class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
@@ -72,10 +72,11 @@ class GRPOTrainer(ResumableTrainer, trl.GRPOTrainer):
         corrected = not isinstance(self.engine, InProcessEngine)
         self.loss_config = LossConfig.of(self.args, corrected=corrected, stale=max_staleness > 0)
         kernel, regroup = self.model.config._attn_implementation or "", self.loss_type != "bnpo"
+        packed = kernel == VARLEN_ATTENTION or "flash" in kernel
         # A router's load-balancing loss is over the tokens of a forward, in which a prompt counts for each rollout.
-        sharing = kernel == SHARED_PROMPTS and not self.aux_loss_enabled
+        sharing = kernel in (ATTENTION, VARLEN_ATTENTION) and not self.aux_loss_enabled
         self.micro_batching = MicroBatching(
-            self.processing_class.pad_token_id, settings.token_budget, "flash" in kernel, sharing, regroup,
+            self.processing_class.pad_token_id, settings.token_budget, packed, sharing, regroup,
             self.args.process_index, self.args.world_size, gather_object, self.accelerator.device.type,
         )  # fmt: skip
         self.pipeline: RolloutPipeline | None = None

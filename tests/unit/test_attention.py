@@ -1,10 +1,9 @@
 """Which attention kernel a model is loaded with."""
 
-from types import ModuleType
-
 import pytest
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import varlen_stand_in
+from varlen_stand_in import NAME as HUB
 
 from r1dist.cluster.memory import Sharding, training_memory
 from r1dist.cluster.plan import check_machine
@@ -14,8 +13,6 @@ from r1dist.config.loader import build
 from r1dist.errors import UserError
 from r1dist.models import VARLEN, attention, model_init_kwargs, why_missing
 from r1dist.sft.train import warn_of_masks
-
-HUB = "kernels-community/flash-attn2"
 
 
 @pytest.fixture
@@ -32,12 +29,7 @@ def gpu(monkeypatch):
 @pytest.fixture
 def installed(monkeypatch):
     """As where the `kernels` package has flash attention from the hub; the kernel itself needs a GPU."""
-    kernel = ModuleType("flash_attn2")
-    kernel.flash_attn_varlen_func = kernel.flash_attn_func = lambda *args, **kwargs: None
-    hub = "transformers.integrations.hub_kernels"
-    monkeypatch.setattr(f"{hub}.is_kernels_available", lambda: True)
-    monkeypatch.setattr(f"{hub}.get_kernel", lambda repo, **_: kernel)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, HUB, None)
+    varlen_stand_in.install(monkeypatch)
 
 
 def test_without_a_gpu_or_a_kernel_it_is_sdpa(gpu):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import varlen_stand_in
 from conftest import ROOT
 from transformers import Qwen2Config
 
@@ -142,16 +143,19 @@ def test_result_is_one_line(capsys):
     assert found == {"bench": "sync", "aims": {"shm_share": aim(0.01, 0.05, "lower")}, "sizes": {"1M": 2}}
 
 
-def test_packed_rollouts_have_the_logprobs_of_padded_ones():
+@pytest.mark.parametrize("kernel", ["sdpa", varlen_stand_in.NAME])
+def test_rollouts_with_shared_prompts_have_the_logprobs_of_padded_ones(kernel, monkeypatch):
     """`gpu_check`'s comparison, on a small model and this machine's kernel."""
     import gpu_attention
+
+    varlen_stand_in.install(monkeypatch)
 
     config = Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
                          initializer_range=0.3)  # fmt: skip
-    found = gpu_attention.compare_attention("sdpa", 2048, 1, config, "cpu")
+    found = gpu_attention.compare_attention(kernel, 2048, 1, config, "cpu")
     assert 1800 <= found["tokens"] <= 2048
-    assert 0 < found["packed"]["mean_diff"] < 1.5 * found["padded"]["mean_diff"]  # 33 times with one run of positions
+    assert 0 < found["shared"]["mean_diff"] < 1.5 * found["padded"]["mean_diff"]
 
 
 def test_checks_tell_what_passed_what_failed_and_what_has_not_run():
@@ -159,12 +163,12 @@ def test_checks_tell_what_passed_what_failed_and_what_has_not_run():
 
     run = {"finished": True, "steps": 8, "largest_logp_diff": 0.003}
     training = {"8192": {"estimated_gib": 11.0, "peak_gib": 10.0}, "16384": {"estimated_gib": 12.0, "peak_gib": 10.0}}
-    attention = {"packed": {"attention": "flash_attention_2", "mean_diff": 0.02}, "padded": {"mean_diff": 0.01}}
+    attention = {"shared": {"attention": "flash_attention_2", "mean_diff": 0.02}, "padded": {"mean_diff": 0.01}}
     parts = {"rollouts": {"runs": {"nccl": None, "ipc": run, "shm": {**run, "largest_logp_diff": None}}},
              "training": training, "attention": attention, "step": {"ratio": 1.2}}  # fmt: skip
     assert {what: passed for what, passed, _ in gpu_check.checks(parts)} == {
         "rollouts, nccl": None, "rollouts, ipc": True, "logprobs, ipc": True, "rollouts, shm": True,
-        "logprobs, shm": False, "flash_attention_2, packed": False, "memory, 8192 tokens to a forward": True,
+        "logprobs, shm": False, "flash_attention_2, shared prompts": False, "memory, 8192 tokens to a forward": True,
         "memory, 16384 tokens to a forward": False, "whole step beside TRL": True,
     }  # fmt: skip
     assert not list(gpu_check.checks({}))

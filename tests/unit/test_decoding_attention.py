@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import varlen_stand_in
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from r1dist.generation import attention
-from r1dist.rl.shared_prompts import ATTENTION as SHARED_PROMPTS
+from r1dist.rl.shared_attention import ATTENTION as SHARED_PROMPTS
+from r1dist.rl.shared_attention import sharing_attention
 
 SHAPE = {
     "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -44,6 +46,16 @@ def test_it_computes_what_sdpa_computes(heads, padded):
     expected = logits(model, mask)
     with attention.decoding_attention(model):
         torch.testing.assert_close(logits(model, mask), expected)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_varlen_kernel_with_shared_prompts_decodes_with_a_cache_too(padded, monkeypatch):
+    varlen_stand_in.install(monkeypatch)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, : 4 * padded] = 0
+    model = llama(sharing_attention(varlen_stand_in.NAME))
+    with attention.decoding_attention(model):
+        torch.testing.assert_close(logits(model, mask), logits(llama("sdpa"), mask))
 
 
 def test_a_sliding_window_keeps_its_mask():

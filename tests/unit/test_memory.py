@@ -18,7 +18,7 @@ from r1dist.data.length_groups import by_prompt
 from r1dist.rl.batch import RolloutBatch, collate
 from r1dist.rl.logprobs import forward
 from r1dist.rl.loss import LossConfig, grpo_loss
-from r1dist.rl.shared_prompts import ATTENTION
+from r1dist.rl.shared_attention import ATTENTION
 
 VOCABULARY, HIDDEN = 16384, 192
 TILE_TOKENS, TILE_WORDS = 512, 2048
