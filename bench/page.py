@@ -82,6 +82,9 @@ AIMS: dict[str, dict[str, Aim]] = {
         "refusal_seconds": Aim("seconds until a misspelt key is refused", 2, "lower"),
         "gain_points": Aim("points of greedy accuracy gained over the base model", 60),
     },
+    "demo": {
+        "demo_ratio": Aim("seconds of `make demo`, all stages and their evaluations, over 77065d9's", 0.5, "lower"),
+    },
     "gpu_check": {
         "train_peak_share": Aim("share of the chip's peak in the training phase", 0.35),
         "step_ratio": Aim("whole steps' speed over TRL's with vLLM colocated", 1.5),

@@ -69,7 +69,6 @@ def served(endpoints: Path, *words: str, real: bool = False) -> Iterator[subproc
     starts = sys.executable if real else python()
     serve = f"import runpy, sys; sys.executable = {starts!r}; runpy.run_path('launch/serve.py', run_name='__main__')"
     command = [sys.executable, "-c", serve, "--model.path", "tiny", "--endpoints", str(endpoints)]
-    # Told how many cores it has, a server's engine sleeps while its worker computes; by itself it spins.
     command += ["--dtype", "float32", "--cores", "1", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240

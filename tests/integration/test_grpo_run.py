@@ -164,7 +164,7 @@ def test_the_whole_path_of_the_qwen_sft_recipe(tmp_path, small_qwen):
     done = launch(
         "sft.py", "--config", ROOT / "configs/recipes/qwen2.5-0.5b/sft.yaml", "--model.path", small_qwen,
         "--data.sources.0.path", path, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", "2",
-        "--max_length", "2048", "--num_train_epochs", "4",
+        "--max_length", "2048", "--num_train_epochs", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = [line["loss"] for line in metrics(tmp_path / "run")]

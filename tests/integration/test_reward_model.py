@@ -23,18 +23,18 @@ from r1dist.tiny import BASE_DIR, talk
 SMALL = {
     "model": {"path": "tiny"},
     "seed": 0,
-    "max_steps": 60,
+    "max_steps": 40,
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 16,
     "max_length": 256,
     "gradient_checkpointing": False,
-    "save_steps": 30,
+    "save_steps": 20,
 }
 PAIRS, LABELS = (
     {
         "loss": kind,
         "sources": [{"path": path, "limit": 2000}],
-        "holdout": [{"path": path, "split": "test", "limit": 400}],
+        "holdout": [{"path": path, "split": "test", "limit": 240}],
     }
     for kind, path in (("pairwise", "tiny_pairs"), ("pointwise", "tiny_judged"))
 )
