@@ -2,7 +2,8 @@
 
 `make demo` of this checkout and of PATH, in this environment, take turns at each RL stage and what it needs. Each goes
 on from its runs/tiny, so an interrupted bench does, too: remove that folder first to measure all of it. Seconds are
-those of the stages and their evaluations in the manifests. Progress goes to stderr; the last line on stdout is JSON.
+those of the stages and their evaluations in the manifests. Of a stage that was cut off they are those of its last
+start, so remove its folder before it goes on. Progress goes to stderr; the last line on stdout is JSON.
 """
 
 import argparse

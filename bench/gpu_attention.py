@@ -30,12 +30,12 @@ def compare_attention(
     shared = collate(batch, 0, shared=True, device_type=device, by_varlen=sharing == VARLEN_ATTENTION).to(device)
     exact = _logprobs(model_of(config, "sdpa", torch.float32, device), padded)
     found: dict[str, Any] = {"tokens": int(padded.attention_mask.sum())}
-    for key, attention, micro_batch in (("shared", sharing, shared), ("padded", "sdpa", padded)):
+    for key, name, attention, micro_batch in (("shared", kernel, sharing, shared), ("padded", "sdpa", "sdpa", padded)):
         model = model_of(config, attention, torch.bfloat16, device)
         diff = (_logprobs(model, micro_batch) - exact).abs()[padded.mask.bool()]
         seconds = [_seconds(model, micro_batch) for _ in range(rounds + 1)][1:]
-        found[key] = {"attention": kernel if key == "shared" else "sdpa", "mean_diff": diff.mean().item(),
-                      "max_diff": diff.max().item(), "seconds": statistics.median(seconds)}  # fmt: skip
+        found[key] = {"attention": name, "mean_diff": diff.mean().item(), "max_diff": diff.max().item(),
+                      "seconds": statistics.median(seconds)}  # fmt: skip
     return found
 
 

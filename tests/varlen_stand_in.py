@@ -5,6 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 from transformers import modeling_flash_attention_utils
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "kernels-community/flash-attn2"
@@ -35,11 +36,11 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """As where the `kernels` package has it from the hub."""
+    """As where the `kernels` package has it from the hub, and transformers has loaded it."""
     kernel = ModuleType("flash_attn2")
     kernel.flash_attn_varlen_func, kernel.flash_attn_func = flash_attn_varlen_func, flash_attn_func
     hub = "transformers.integrations.hub_kernels"
     patch.setattr(f"{hub}.is_kernels_available", lambda: True)
     patch.setattr(f"{hub}.get_kernel", lambda repo, **_: kernel)
     patch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
-    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, NAME, None)
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, NAME, flash_attention_forward)

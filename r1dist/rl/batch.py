@@ -138,10 +138,12 @@ def collate(
     def ones(values: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.ones_like(value) for value in values]
 
-    sharing = (batch.prompt_ids, batch.completion_ids, batch.counts, device_type, by_varlen)
     mask = padded(ones(batch.completion_ids), 0) * torch.tensor(batch.counts).long()[:, None]
     prompts = padded(batch.prompt_ids, pad_id, "left")
     prompt_mask = padded(ones(batch.prompt_ids), 0, "left")
+    row = None
+    if shared:
+        row = share_prompts(batch.prompt_ids, batch.completion_ids, batch.counts, device_type, by_varlen)
     return MicroBatch(
         input_ids=torch.cat([prompts, padded(batch.completion_ids, pad_id)], 1),
         attention_mask=torch.cat([prompt_mask, mask], 1),
@@ -151,7 +153,7 @@ def collate(
         old_logprobs=padded(batch.old_logprobs, 0.0),
         reference_logprobs=padded(batch.reference_logprobs, 0.0),
         micro_step_tokens=micro_step_tokens,
-        shared=share_prompts(*sharing) if shared else None,
+        shared=row,
     )
 
 

@@ -25,8 +25,8 @@ def forward(model: nn.Module, batch: MicroBatch, packed: bool, router_loss: bool
 
     `packed`: rollouts follow one another in a single row without padding. Positions start anew with each rollout;
     that is how transformers' flash attention keeps them apart (sdpa and eager build a mask of blocks, whose cost grows
-    with the square of the row). A micro-batch with shared prompts is one row, too, in which `shared_prompts.attend`
-    keeps sequences apart.
+    with the square of the row). A micro-batch with shared prompts is one row, too, in which
+    `shared_attention` keeps sequences apart.
     """
     if batch.shared is not None:
         return _forward_shared(model, batch.mask, batch.shared)

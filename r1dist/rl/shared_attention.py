@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
-from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.flash_attention import flash_attention_forward, get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward, flash_attn_supports_top_left_mask
-from transformers.utils.generic import is_flash_attention_requested
 
 ATTENTION = "r1dist_shared_prompts"
 """transformers' name of sdpa that also takes rows with shared prompts."""
 VARLEN_ATTENTION = "r1dist_shared_prompts_varlen"
-"""The same of the varlen kernel that `sharing_attention` was given."""
+"""The same of the varlen kernel that `sharing_attention` was given last."""
 PARTS, PART = 4, 64
 """Into how many parts a sequence's queries are divided at most, and the least length of one: a part does not compute
 the keys that come after it."""
@@ -212,13 +211,12 @@ def attend_varlen(
 def sharing_attention(kernel: str) -> str:
     """transformers' name of the attention that computes by `kernel`, and rows with shared prompts, too.
 
-    It is `kernel` itself where there is none: with `eager`, `flex_attention`, and kernels that align the causal mask
-    with the first key.
+    It is `kernel` itself where there is none: with `eager`, `flex_attention`, kernels that transformers does not call
+    as it calls flash attention, and those that align the causal mask with the first key.
     """
     if kernel == "sdpa":
         return ATTENTION
-    is_flash = is_flash_attention_requested(requested_attention_implementation=kernel)
-    if not is_flash or flash_attn_supports_top_left_mask():
+    if AttentionInterface().get(kernel) is not flash_attention_forward or flash_attn_supports_top_left_mask():
         return kernel
     AttentionInterface.register(VARLEN_ATTENTION, functools.partial(attend_varlen, kernel=kernel))
     return VARLEN_ATTENTION

@@ -145,11 +145,10 @@ def test_result_is_one_line(capsys):
 
 @pytest.mark.parametrize("kernel", ["sdpa", varlen_stand_in.NAME])
 def test_rollouts_with_shared_prompts_have_the_logprobs_of_padded_ones(kernel, monkeypatch):
-    """`gpu_check`'s comparison, on a small model and this machine's kernel."""
+    """`gpu_check`'s comparison, on a small model."""
     import gpu_attention
 
     varlen_stand_in.install(monkeypatch)
-
     config = Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
                          initializer_range=0.3)  # fmt: skip

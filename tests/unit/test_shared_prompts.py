@@ -9,7 +9,15 @@ import torch
 import varlen_stand_in
 from peft import LoraConfig, get_peft_model
 from test_batch import rollouts
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from r1dist.config import GRPORun
@@ -116,11 +124,11 @@ def test_a_forward_without_shared_prompts_is_the_kernels_own(own, packed, monkey
 
 
 def test_a_varlen_kernel_repeats_nothing_where_no_rollouts_share_a_prompt():
-    alone, shared = (share_prompts(*rows, by_varlen=True).attention for rows in (
+    apart, shared = (share_prompts(*rows, by_varlen=True).attention for rows in (
         ([torch.arange(3), torch.arange(5)], [torch.arange(2)] * 2, [True] * 2),
         ([torch.arange(3)] * 2, [torch.arange(2), torch.arange(4)], [True] * 2),
     ))  # fmt: skip
-    assert alone.keys is None and alone.query_bounds.tolist() == alone.key_bounds.tolist() == [0, 4, 10]
+    assert apart.keys is None and apart.query_bounds.tolist() == apart.key_bounds.tolist() == [0, 4, 10]
     assert shared.query_bounds.tolist() == [0, 2, 4, 8] and shared.key_bounds.tolist() == [0, 2, 6, 12]
     assert shared.keys.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
     assert (shared.most_queries, shared.most_keys) == (4, 6)
@@ -224,6 +232,8 @@ def test_a_run_shares_prompts_unless_it_names_another_kernel(small_grpo, tmp_pat
     assert kernel(attn_implementation="eager") == "eager"
     varlen_stand_in.install(monkeypatch)
     assert kernel(attn_implementation=varlen_stand_in.NAME) == VARLEN_ATTENTION
+    monkeypatch.setitem(AttentionInterface._global_mapping, "its-own/flash-kernel", lambda *args, **kwargs: None)
+    assert sharing_attention("its-own/flash-kernel") == "its-own/flash-kernel"
     monkeypatch.setattr(shared_attention, "flash_attn_supports_top_left_mask", lambda: True)
     assert kernel(attn_implementation=varlen_stand_in.NAME) == varlen_stand_in.NAME
     policy(shape()).save_pretrained(tmp_path)
