@@ -1,6 +1,8 @@
 """What a process of this project sets up before anything else."""
 
+import ctypes
 import os
+import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,8 @@ from .driver import require_usable_gpu
 from .extensions import check_locks
 
 T = TypeVar("T")
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def set_up_process(use_cpu: bool = False) -> None:
@@ -41,6 +45,19 @@ def set_up_process(use_cpu: bool = False) -> None:
         # Left to guess, DeepSpeed finds the CPU as well, with a warning.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.serialization.register_package(0, lambda storage: None, _restore_to_cpu)
+        _reuse_freed_memory()
+
+
+def _reuse_freed_memory() -> None:
+    """Have glibc keep what tensors free.
+
+    By itself it gives every block of more than 32 MiB back to the system, which clears each page of the next one:
+    a quarter of the training phase of a model of 135M parameters.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def _restore_to_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
