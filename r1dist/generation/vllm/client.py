@@ -41,7 +41,7 @@ class Health:
     running: int | None = None
     """Completions that its engine was asked for and has not finished."""
     processor_seconds: float | None = None
-    """Of the engine's processes."""
+    """Of the engine's processes and of those that they started."""
     tokens: float | None = None
     """Generated since the server's start."""
     shape: Mapping[str, int] | None = None

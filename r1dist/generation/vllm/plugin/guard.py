@@ -24,7 +24,6 @@ class TokenGuard:
     def __init__(self, app):
         self.app = app
         self.expected = f"Bearer {os.environ[TOKEN]}".encode()
-        self.engine = []
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -52,21 +51,24 @@ class TokenGuard:
         model = client.vllm_config.model_config.hf_text_config
         return {
             "running": client.get_num_unfinished_requests(),
-            "processor_seconds": self._processor_seconds(),
+            "processor_seconds": processor_seconds(),
             "tokens": _generated_tokens(),
             "shape": {name: getattr(model, name, None) for name in SHAPE},
         }
 
-    def _processor_seconds(self) -> float | None:
-        """Of the engine and its workers, which are this process's descendants; None where they are not."""
-        import psutil
 
-        self.engine = self.engine or psutil.Process().children(recursive=True)
-        try:
-            return sum(sum(process.cpu_times()[:2]) for process in self.engine) if self.engine else None
-        except psutil.NoSuchProcess:
-            self.engine = []
-            return None
+def processor_seconds() -> float | None:
+    """Of this process's descendants: the engine, its workers, and the compilers that a worker waits for.
+
+    None where there are none, or where one ended meanwhile.
+    """
+    import psutil
+
+    # Those of a child that has ended are its parent's `children_*`.
+    try:
+        return sum(sum(p.cpu_times()[:4]) for p in psutil.Process().children(recursive=True)) or None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _generated_tokens() -> float:
