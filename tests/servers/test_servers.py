@@ -98,6 +98,10 @@ def test_the_endpoints_file_tells_all_and_only_its_owner(serving, endpoints):
     assert all("--max-num-seqs 64" in words for words in arguments)  # passed through
 
 
+def test_vllm_finds_the_models_configuration_with_the_tokenizer(serving):
+    assert "Error parsing config" not in (serving.parent / "server0.log").read_text()
+
+
 def test_no_route_answers_without_the_token(endpoints):
     url = endpoints.servers[0].url
     right = {"Authorization": f"Bearer {endpoints.token}"}

@@ -15,7 +15,7 @@ from ...config import Rollout, Serve, ServeRun
 from ...config.engines import INSTALL_VLLM, VLLM_MISSING, vllm_installed
 from ...data.templates import load_template
 from ...errors import UserError
-from ...models import load_tokenizer, model_path, weights_path
+from ...models import load_model_config, load_tokenizer, model_path, weights_path
 from ..engine import RolloutsLost
 from ..weight_sync.source import WeightSource
 from ..weight_sync.transports import FileTransport, GPUTransport, Transport
@@ -90,6 +90,8 @@ def plan_serve(run: ServeRun) -> tuple[str, str]:
         run.arguments = ["--tokenizer", folder, *run.arguments]
         if not run.dry_run:
             load_template(run.model, "chat").tokenizer.save_pretrained(folder)
+            # vLLM looks for it with the tokenizer, and where there is none again after two seconds, twice.
+            load_model_config(run.model).save_pretrained(folder)
     # Whoever samples from these servers compares it with the model that it was told, from another folder maybe.
     return str(Path(model).absolute()) if Path(model).is_dir() else model, transport
 
