@@ -13,7 +13,7 @@ import requests as http
 import torch
 from conftest import launch, write_yaml
 from small_runs import served
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from r1dist.config import Model, Rollout
 from r1dist.errors import UserError
@@ -98,7 +98,8 @@ def test_the_endpoints_file_tells_all_and_only_its_owner(serving, endpoints):
     assert all("--max-num-seqs 64" in words for words in arguments)  # passed through
 
 
-def test_vllm_finds_the_models_configuration_with_the_tokenizer(serving):
+def test_vllm_finds_the_models_configuration_with_the_tokenizer(serving, model):
+    assert AutoConfig.from_pretrained(f"{serving}.tokenizer").vocab_size == model.config.vocab_size
     assert "Error parsing config" not in (serving.parent / "server0.log").read_text()
 
 

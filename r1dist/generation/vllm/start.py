@@ -76,7 +76,8 @@ def require_length(serve: Serve, tokens: int) -> int:
 def plan_serve(run: ServeRun) -> tuple[str, str]:
     """The model and the transport of `launch/serve.py`'s servers; what this machine decides is set in `run`.
 
-    A tokenizer is written beside `run.endpoints`, so that chats end where the chat template ends replies.
+    A tokenizer is written beside `run.endpoints`, so that chats end where the chat template ends replies, and
+    with it the model's configuration.
     """
     further, run.arguments = run.arguments, []
     if gpus := visible_gpus():
@@ -90,7 +91,7 @@ def plan_serve(run: ServeRun) -> tuple[str, str]:
         run.arguments = ["--tokenizer", folder, *run.arguments]
         if not run.dry_run:
             load_template(run.model, "chat").tokenizer.save_pretrained(folder)
-            # vLLM looks for it with the tokenizer, and where there is none again after two seconds, twice.
+            # vLLM looks for it in the tokenizer's folder; without it two processes wait two seconds and look again.
             load_model_config(run.model).save_pretrained(folder)
     # Whoever samples from these servers compares it with the model that it was told, from another folder maybe.
     return str(Path(model).absolute()) if Path(model).is_dir() else model, transport
